@@ -1,0 +1,30 @@
+"""Variable-k top-k encoding and sparse decoding for sparse autoencoders, as torch custom ops with several backends."""
+
+from .codes import SparseCodes
+from .dispatch import available_backends, use_backend
+from .ops import (
+    batch_topk_select,
+    decode_mse,
+    explain,
+    sparse_decode,
+    sparse_value_grad,
+    sparse_weight_grad,
+    threshold_select,
+    topk_encode,
+    topk_select,
+)
+
+__all__ = [
+    "SparseCodes",
+    "available_backends",
+    "batch_topk_select",
+    "decode_mse",
+    "explain",
+    "sparse_decode",
+    "sparse_value_grad",
+    "sparse_weight_grad",
+    "threshold_select",
+    "topk_encode",
+    "topk_select",
+    "use_backend",
+]

@@ -1,0 +1,195 @@
+"""The `cpu` backend: the C++ kernels of `_C`, loaded when they are first needed.
+
+The binary takes tensors with contiguous rows and writes into outputs made here. AKSAE_CPU_ISA (`baseline`, `avx2`,
+`avx512`) forces an instruction set; without it the widest one of the machine is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..codes import SparseCodes, acc_dtype, raise_for_codes
+
+_PACKAGE = Path(__file__).parent.parent
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Load the binary; the sentence says why there is none, or why it does not load."""
+    binary = next(_PACKAGE.glob("_C*.so"), None)
+    if binary is None:
+        report = _PACKAGE / "_build_report.json"
+        reason = json.loads(report.read_text()).get("aksae_kernels._C") if report.exists() else None
+        return reason or "its binary _C is not there; install the package with a C++ compiler at hand to build it"
+    try:
+        torch.ops.load_library(binary)
+        torch.ops.aksae_cpu.isa()
+    except (OSError, RuntimeError) as error:
+        return f"its binary {binary.name} does not load: {error}"
+    return None
+
+
+def refuse(op: str, tensor: Tensor) -> str | None:
+    if tensor.device.type != "cpu":
+        return f"it takes CPU tensors, not {tensor.device.type}"
+    if tensor.dtype not in _DTYPES:
+        return f"it takes float32, float64 and bfloat16, not {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def describe() -> str:
+    return f"C++, {torch.ops.aksae_cpu.isa()}, {torch.get_num_threads()} threads"
+
+
+def topk_select(pre_acts: Tensor, k: Tensor, k_max: int) -> SparseCodes:
+    codes = _empty_codes(pre_acts, k_max)
+    torch.ops.aksae_cpu.topk_select(_rows(pre_acts), k.contiguous(), *codes)
+    return codes
+
+
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, k_max: int) -> SparseCodes:
+    codes = _empty_codes(x, k_max)
+    torch.ops.aksae_cpu.topk_encode(_rows(x), _rows(W_enc), _vector(b_enc), k.contiguous(), *codes)
+    return codes
+
+
+def batch_topk_select(pre_acts: Tensor, budget: int, k_max: int) -> SparseCodes:
+    codes = _empty_codes(pre_acts, k_max)
+    widest = torch.ops.aksae_cpu.batch_topk_select(_rows(pre_acts), budget, *codes)
+    return _require_width(codes, widest, "batch_topk_select")
+
+
+def threshold_select(pre_acts: Tensor, threshold: Tensor, k_max: int) -> SparseCodes:
+    codes = _empty_codes(pre_acts, k_max)
+    widest = torch.ops.aksae_cpu.threshold_select(_rows(pre_acts), _limit(pre_acts, threshold), *codes)
+    return _require_width(codes, widest, "threshold_select")
+
+
+def sparse_decode(values: Tensor, indices: Tensor, counts: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    indices, counts = _pattern(indices, counts, W.shape[0])
+    y = values.new_empty(values.shape[0], W.shape[1])
+    torch.ops.aksae_cpu.sparse_decode(values.contiguous(), indices, counts, _rows(W), _vector(b), y)
+    return y
+
+
+def decode_mse(
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    residual: bool,
+    value_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    indices, counts = _pattern(indices, counts, W_dec.shape[0])
+    acc = acc_dtype(values.dtype)
+    loss = values.new_empty(values.shape[0], dtype=acc)
+    error = values.new_empty(target.shape if residual else (0, 0), dtype=acc)
+    dots = values.new_empty(values.shape if value_grad else (0, 0), dtype=acc)
+    torch.ops.aksae_cpu.decode_mse(
+        values.contiguous(),
+        indices,
+        counts,
+        _rows(W_dec),
+        _vector(b_dec),
+        _rows(target),
+        loss,
+        error if residual else None,
+        dots if value_grad else None,
+    )
+    return loss, error, dots
+
+
+def sparse_value_grad(grad: Tensor, indices: Tensor, counts: Tensor, W: Tensor) -> Tensor:
+    indices, counts = _pattern(indices, counts, W.shape[0])
+    out = grad.new_empty(indices.shape)
+    torch.ops.aksae_cpu.sparse_value_grad(_rows(grad), indices, counts, _rows(W), out)
+    return out
+
+
+def sparse_weight_grad(
+    values: Tensor, indices: Tensor, counts: Tensor, dense: Tensor, d_sae: int, sums: bool
+) -> tuple[Tensor, Tensor]:
+    indices, counts = _pattern(indices, counts, d_sae)
+    grad = values.new_empty(d_sae, dense.shape[1])
+    total = values.new_empty(d_sae if sums else 0)
+    torch.ops.aksae_cpu.sparse_weight_grad(
+        values.contiguous(), indices, counts, _rows(dense), grad, total if sums else None
+    )
+    return grad, total
+
+
+def scatter_codes(values: Tensor, indices: Tensor, counts: Tensor, d_sae: int) -> Tensor:
+    indices, counts = _pattern(indices, counts, d_sae)
+    dense = values.new_empty(values.shape[0], d_sae)
+    torch.ops.aksae_cpu.scatter_codes(values.contiguous(), indices, counts, dense)
+    return dense
+
+
+def adam_step_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad_scale: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    unit_norm_rows: bool,
+) -> None:
+    torch.ops.aksae_cpu.adam_step(
+        param, grad.contiguous(), exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, float(grad_scale), unit_norm_rows
+    )
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
+
+
+def _vector(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def _pattern(indices: Tensor, counts: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
+    indices, counts = indices.contiguous(), counts.contiguous()
+    bad = torch.ops.aksae_cpu.first_bad_row(indices, counts, d_sae)
+    if bad >= 0:
+        raise_for_codes(indices[bad : bad + 1], counts[bad : bad + 1], d_sae)
+    return indices, counts
+
+
+def _empty_codes(data: Tensor, width: int) -> SparseCodes:
+    n_rows = data.shape[0]
+    return SparseCodes(
+        data.new_empty(n_rows, width),
+        data.new_empty(n_rows, width, dtype=torch.int32),
+        data.new_empty(n_rows, dtype=torch.int32),
+    )
+
+
+def _require_width(codes: SparseCodes, widest: int, op: str) -> SparseCodes:
+    width = codes.indices.shape[1]
+    if widest > width:
+        raise ValueError(f"{op}: k_max must be at least {widest}, the active latents of a row; got {width}")
+    return codes
+
+
+def _limit(pre_acts: Tensor, threshold: Tensor) -> Tensor:
+    """`[F]` limits in the accumulation dtype: an entry is kept unless it is `<=` its limit.
+
+    Rounded down, so that no entry of that dtype changes sides; at least 0; and +inf for a NaN threshold, which keeps
+    nothing but NaN.
+    """
+    limit = threshold.to(acc_dtype(pre_acts.dtype))
+    rounded_up = limit.double() > threshold.double()
+    limit = torch.where(rounded_up, torch.nextafter(limit, limit.new_full((), -torch.inf)), limit)
+    return limit.nan_to_num(nan=torch.inf).clamp(min=0).expand(pre_acts.shape[1]).contiguous()

@@ -1,0 +1,88 @@
+"""SparseCodes, the padded-row (ELL with counts) form in which latents travel, and its conversions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SparseCodes(NamedTuple):
+    """Active latents of each row.
+
+    Row `b` holds `counts[b]` pairs `(indices[b, j], values[b, j])`, `j < counts[b]`. Codes made by this library have
+    ascending indices within a row, and value 0 and index -1 in the slots from `counts[b]` on. Codes made by hand may be
+    unsorted and may repeat an index (repeats are summed). Slots from `counts[b]` on are never read.
+    """
+
+    values: Tensor
+    """`[..., K]`, floating point; gradients flow through it."""
+    indices: Tensor
+    """`[..., K]` int32, in `[0, d_sae)`."""
+    counts: Tensor
+    """`[...]` int32, in `[0, K]`."""
+
+    def to_dense(self, d_sae: int) -> Tensor:
+        """The codes as a dense `[..., d_sae]` tensor; repeated indices are summed.
+
+        Carries the gradient of `values`. Raises IndexError on CPU for an index outside `[0, d_sae)`; on an accelerator
+        such an index is undefined behaviour.
+        """
+        live = live_slots(self)
+        check_codes(self.indices, self.counts, d_sae)
+        dense = self.values.new_zeros(*self.counts.shape, d_sae)
+        if self.indices.shape[-1] == 0 or d_sae == 0:
+            return dense
+        index = torch.where(live, self.indices, 0).long()
+        return dense.scatter_add(-1, index, torch.where(live, self.values, 0))
+
+    def to_csr(self, d_sae: int) -> Tensor:
+        """The codes as a `torch.sparse_csr_tensor` `[rows, d_sae]`, leading dimensions flattened, columns ascending.
+
+        Synchronises with the host, since the number of stored entries is data. Repeated indices are summed; NaN and
+        explicit zero values stay stored. No gradient flows.
+        """
+        with torch.no_grad():
+            check_codes(self.indices, self.counts, d_sae)
+            live = live_slots(self).flatten()
+            width = self.indices.shape[-1]
+            rows = self.counts.numel()
+            row = torch.arange(rows, device=self.counts.device).repeat_interleave(width)[live]
+            column = self.indices.flatten()[live].long()
+            coo = torch.sparse_coo_tensor(
+                torch.stack([row, column]), self.values.flatten()[live], (rows, d_sae), check_invariants=False
+            )
+            return coo.coalesce().to_sparse_csr()
+
+
+def live_slots(codes: SparseCodes) -> Tensor:
+    """`[..., K]` bool: True where a slot lies before its row's count."""
+    slot = torch.arange(codes.indices.shape[-1], device=codes.counts.device)
+    return slot < codes.counts.unsqueeze(-1)
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are held in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_codes(indices: Tensor, counts: Tensor, d_sae: int) -> None:
+    """`raise_for_codes` where it is free: on CPU tensors that hold data.
+
+    On an accelerator the check would force a synchronisation with the host.
+    """
+    if indices.device.type == "cpu" and not torch.compiler.is_compiling():
+        raise_for_codes(indices, counts, d_sae)
+
+
+def raise_for_codes(indices: Tensor, counts: Tensor, d_sae: int) -> None:
+    """Raise ValueError for counts outside `[0, K]`, IndexError for live indices outside `[0, d_sae)`."""
+    width = indices.shape[-1]
+    bad_counts = counts[(counts < 0) | (counts > width)]
+    if bad_counts.numel():
+        raise ValueError(f"codes.counts must lie in [0, {width}], the width of the rows, got {int(bad_counts[0])}")
+    live = torch.arange(width) < counts.unsqueeze(-1)
+    bad_indices = indices[live & ((indices < 0) | (indices >= d_sae))]
+    if bad_indices.numel():
+        raise IndexError(f"codes.indices must lie in [0, {d_sae}), got {int(bad_indices[0])}")

@@ -1,0 +1,675 @@
+"""The op contract: schemas, shapes, gradients, and the typed functions users call.
+
+The functions check their arguments, flatten the leading dimensions to rows, and call `torch.ops.aksae.*`, which are
+defined here and run on the backend that `dispatch` chooses. Gradients are registered here and nowhere else; each op
+takes the name of the requested backend as its last argument, so a backward pass runs where its forward ran.
+
+Rules common to all of them:
+
+* Only entries `> 0` or NaN are selected, so a row may hold fewer than `k` latents. The order is total: NaN, +inf,
+  larger value, smaller index. Indices ascend within a row; slots past `counts` hold value 0 and index -1 and are never
+  read.
+* Sums are held in fp32 (fp64 for fp64) and rounded once; a selection ranks the unrounded scores.
+* Leading dimensions are kept: `x [..., D]` gives `values [..., K]`, with `K = min(k_max, F)`. Any of them may be 0.
+* All floating arguments of a call share one dtype and one device. Under autocast the products
+  (`topk_encode`, `sparse_decode`, `decode_mse`, `sparse_value_grad`, `sparse_weight_grad`) cast to the autocast dtype
+  first, as `torch.nn.functional.linear` does; the selections keep the dtype they are given.
+* Results repeat bit by bit on one machine, and no selection depends on the number of threads.
+* No call synchronises an accelerator with the host, and every shape follows from the arguments' shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .codes import SparseCodes, acc_dtype
+
+_library = torch.library.Library("aksae", "DEF")
+
+_CODES = "Tensor values, Tensor indices, Tensor counts"
+_SELECTED = "(Tensor values, Tensor indices, Tensor counts)"
+
+
+def _define(name: str, arguments: str, returns: str) -> None:
+    _library.define(f"{name}({arguments}, str backend) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args):
+        *args, backend = args
+        return tuple_or_tensor(dispatch.kernel(name, backend, args[0])(*args))
+
+    # Schemas that return several tensors want a plain tuple.
+    def tuple_or_tensor(result):
+        return tuple(result) if isinstance(result, tuple) else result
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+
+
+_define("topk_select", "Tensor pre_acts, Tensor k, SymInt k_max", _SELECTED)
+_define("topk_encode", "Tensor x, Tensor W_enc, Tensor? b_enc, Tensor k, SymInt k_max", _SELECTED)
+_define("batch_topk_select", "Tensor pre_acts, SymInt budget, SymInt k_max", _SELECTED)
+_define("threshold_select", "Tensor pre_acts, Tensor threshold, SymInt k_max", _SELECTED)
+_define("sparse_decode", f"{_CODES}, Tensor W_dec, Tensor? b_dec", "Tensor")
+_define(
+    "decode_mse",
+    f"{_CODES}, Tensor W_dec, Tensor? b_dec, Tensor target, bool residual, bool value_grad",
+    "(Tensor loss, Tensor residual, Tensor value_grad)",
+)
+_define("sparse_value_grad", "Tensor grad, Tensor indices, Tensor counts, Tensor W", "Tensor")
+_define("sparse_weight_grad", f"{_CODES}, Tensor dense, SymInt d_sae, bool sums", "(Tensor grad, Tensor sums)")
+_define("scatter_codes", f"{_CODES}, SymInt d_sae", "Tensor")
+_define(
+    "adam_step_",
+    "Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad_scale, int step, float lr, "
+    "float beta1, float beta2, float eps, bool unit_norm_rows",
+    "()",
+)
+
+# ------------------------------------------------------------------------------------------------ shapes
+
+
+def _fake_selected(data: Tensor, k_max: int) -> tuple[Tensor, Tensor, Tensor]:
+    n_rows = data.shape[0]
+    return (
+        data.new_empty(n_rows, k_max),
+        data.new_empty(n_rows, k_max, dtype=torch.int32),
+        data.new_empty(n_rows, dtype=torch.int32),
+    )
+
+
+def _fake(name: str) -> Callable:
+    return torch.library.register_fake(f"aksae::{name}", lib=_library)
+
+
+@_fake("topk_select")
+def _(pre_acts, k, k_max, backend):
+    return _fake_selected(pre_acts, k_max)
+
+
+@_fake("topk_encode")
+def _(x, W_enc, b_enc, k, k_max, backend):
+    return _fake_selected(x, k_max)
+
+
+@_fake("batch_topk_select")
+def _(pre_acts, budget, k_max, backend):
+    return _fake_selected(pre_acts, k_max)
+
+
+@_fake("threshold_select")
+def _(pre_acts, threshold, k_max, backend):
+    return _fake_selected(pre_acts, k_max)
+
+
+@_fake("sparse_decode")
+def _(values, indices, counts, W_dec, b_dec, backend):
+    return values.new_empty(values.shape[0], W_dec.shape[1])
+
+
+@_fake("decode_mse")
+def _(values, indices, counts, W_dec, b_dec, target, residual, value_grad, backend):
+    acc = acc_dtype(values.dtype)
+    return (
+        values.new_empty(values.shape[0], dtype=acc),
+        values.new_empty(target.shape if residual else (0, 0), dtype=acc),
+        values.new_empty(values.shape if value_grad else (0, 0), dtype=acc),
+    )
+
+
+@_fake("sparse_value_grad")
+def _(grad, indices, counts, W, backend):
+    return grad.new_empty(indices.shape)
+
+
+@_fake("sparse_weight_grad")
+def _(values, indices, counts, dense, d_sae, sums, backend):
+    return values.new_empty(d_sae, dense.shape[1]), values.new_empty(d_sae if sums else 0)
+
+
+@_fake("scatter_codes")
+def _(values, indices, counts, d_sae, backend):
+    return values.new_empty(values.shape[0], d_sae)
+
+
+@_fake("adam_step_")
+def _(param, grad, exp_avg, exp_avg_sq, grad_scale, step, lr, beta1, beta2, eps, unit_norm_rows, backend):
+    return None
+
+
+# --------------------------------------------------------------------------------------------- gradients
+# A backward is made of the ops below, whose own backward raises: no second derivative is silently wrong.
+
+
+def _gradient(name: str, setup_context: Callable, backward: Callable) -> None:
+    torch.library.register_autograd(f"aksae::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def _selection_setup(ctx, inputs, output):
+    pre_acts, *_, ctx.backend = inputs
+    ctx.n_latents, ctx.n_other_inputs = pre_acts.shape[1], len(inputs) - 1
+    ctx.save_for_backward(*output[1:])
+
+
+def _selection_backward(ctx, grad_values, *_):
+    indices, counts = ctx.saved_tensors
+    grad = torch.ops.aksae.scatter_codes(grad_values, indices, counts, ctx.n_latents, ctx.backend)
+    return grad, *[None] * ctx.n_other_inputs
+
+
+for _name in ("topk_select", "batch_topk_select", "threshold_select"):
+    _gradient(_name, _selection_setup, _selection_backward)
+
+
+def _encode_setup(ctx, inputs, output):
+    x, W_enc, _, _, _, ctx.backend = inputs
+    wants_x, wants_W, wants_b = ctx.needs_input_grad[:3]
+    ctx.d_sae = W_enc.shape[0]
+    ctx.save_for_backward(*output[1:], x if wants_W or wants_b else None, W_enc if wants_x else None)
+
+
+def _encode_backward(ctx, grad_values, *_):
+    indices, counts, x, W_enc = ctx.saved_tensors
+    wants_x, wants_W, wants_b = ctx.needs_input_grad[:3]
+    codes = (grad_values, indices, counts)
+    grad_x = torch.ops.aksae.sparse_decode(*codes, W_enc, None, ctx.backend) if wants_x else None
+    grad_W = grad_b = None
+    if wants_W or wants_b:
+        # Without W_enc's gradient the sums alone are wanted: a product of width 0.
+        dense = x if wants_W else x[:, :0]
+        grad_W, grad_b = torch.ops.aksae.sparse_weight_grad(*codes, dense, ctx.d_sae, wants_b, ctx.backend)
+    return grad_x, grad_W if wants_W else None, grad_b if wants_b else None, None, None, None
+
+
+_gradient("topk_encode", _encode_setup, _encode_backward)
+
+
+def _decode_setup(ctx, inputs, output):
+    values, indices, counts, W_dec, _, ctx.backend = inputs
+    wants_values, _, _, wants_W, _ = ctx.needs_input_grad[:5]
+    ctx.d_sae = W_dec.shape[0]
+    ctx.save_for_backward(indices, counts, values if wants_W else None, W_dec if wants_values else None)
+
+
+def _decode_backward(ctx, grad):
+    indices, counts, values, W_dec = ctx.saved_tensors
+    wants_values, _, _, wants_W, wants_b = ctx.needs_input_grad[:5]
+    grad_values = grad_W = None
+    if wants_values:
+        grad_values = torch.ops.aksae.sparse_value_grad(grad, indices, counts, W_dec, ctx.backend)
+    if wants_W:
+        grad_W, _ = torch.ops.aksae.sparse_weight_grad(values, indices, counts, grad, ctx.d_sae, False, ctx.backend)
+    return grad_values, None, None, grad_W, grad.sum(0) if wants_b else None, None
+
+
+_gradient("sparse_decode", _decode_setup, _decode_backward)
+
+
+def _decode_mse_setup(ctx, inputs, output):
+    values, indices, counts, W_dec, _, _, _, _, ctx.backend = inputs
+    _, residual, value_grad = output
+    ctx.d_sae, ctx.dtype = W_dec.shape[0], values.dtype
+    ctx.save_for_backward(values if ctx.needs_input_grad[3] else None, indices, counts, residual, value_grad)
+    ctx.set_materialize_grads(False)
+
+
+def _decode_mse_backward(ctx, grad_loss, grad_residual, grad_value_grad):
+    if grad_residual is not None or grad_value_grad is not None:
+        _raise_double_backward()
+    if grad_loss is None:
+        return (None,) * 9
+    values, indices, counts, residual, value_grad = ctx.saved_tensors
+    wants_values, _, _, wants_W, wants_b, wants_target = ctx.needs_input_grad[:6]
+    # d loss[b] = 2 <residual[b], d y[b]>; the forward left residual and <residual[b], W_dec[indices[b, j]]>.
+    scale = 2 * grad_loss.unsqueeze(-1)
+    grad_values = (scale * value_grad).to(ctx.dtype) if wants_values else None
+    grad_W = grad_b = grad_target = None
+    if wants_W or wants_b or wants_target:
+        grad_y = scale * residual
+        if wants_W:
+            grad_W, _ = torch.ops.aksae.sparse_weight_grad(
+                values, indices, counts, grad_y.to(ctx.dtype), ctx.d_sae, False, ctx.backend
+            )
+        grad_b = grad_y.sum(0).to(ctx.dtype) if wants_b else None
+        grad_target = -grad_y.to(ctx.dtype) if wants_target else None
+    return grad_values, None, None, grad_W, grad_b, grad_target, None, None, None
+
+
+_gradient("decode_mse", _decode_mse_setup, _decode_mse_backward)
+
+
+def _raise_double_backward(*_):
+    raise RuntimeError("aksae ops have no second derivative: their backward cannot be differentiated")
+
+
+for _name in ("sparse_value_grad", "sparse_weight_grad", "scatter_codes"):
+    _gradient(_name, lambda ctx, inputs, output: None, _raise_double_backward)
+
+# ------------------------------------------------------------------------------------- public functions
+
+
+def topk_select(pre_acts: Tensor, k: int | Tensor, k_max: int | None = None) -> SparseCodes:
+    """Keep the `k[b]` largest positive entries of row b (ReLU, then TopK with a k of its own for every row).
+
+    Args:
+        pre_acts: `[..., F]`, any floating dtype and strides.
+        k: int, or integer tensor `[...]` on the data's device; taken as `clamp(k, 0, min(k_max, F))`.
+        k_max: the width of the result is `min(k_max, F)`. None means the largest `k`, which is allowed for an int and
+            for a CPU tensor; on an accelerator, and while tracing, reading the maximum is not free: ValueError.
+
+    Returns:
+        Codes with `counts = min(k, number of positive or NaN entries)`. The gradient of `values` reaches `pre_acts`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a negative `k_max`.
+    """
+    _require_float("pre_acts", pre_acts)
+    lead, n_latents = _lead("pre_acts", pre_acts)
+    k, width = _rows_of_k(k, k_max, lead, n_latents, pre_acts.device)
+    out = torch.ops.aksae.topk_select(_rows(pre_acts), k, width, dispatch.requested())
+    return _codes(out, lead)
+
+
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None, *, k: int | Tensor, k_max: int | None = None
+) -> SparseCodes:
+    """`topk_select(x @ W_enc.T + b_enc, k, k_max)` without having to keep the `[..., F]` pre-activations.
+
+    Scores are fp32-accurate for fp32 inputs (fp64 for fp64), whatever torch's matmul precision is set to, and are
+    ranked before they are rounded to the dtype of `x`.
+
+    Args:
+        x: `[..., D]`.
+        W_enc: `[F, D]`, one row per latent.
+        b_enc: `[F]` or None.
+        k, k_max: as in `topk_select`.
+
+    Returns:
+        Codes; the gradient of `values` reaches `x`, `W_enc` and `b_enc`.
+
+    Raises:
+        TypeError, ValueError: as `topk_select`, and for shapes that do not fit.
+    """
+    x, W_enc, b_enc = _autocast(x, W_enc, b_enc)
+    _require_float("x", x)
+    lead, d_in = _lead("x", x)
+    _require_shape("W_enc", W_enc, (None, d_in), "[F, D], with D the last dimension of x")
+    n_latents = W_enc.shape[0]
+    if b_enc is not None:
+        _require_shape("b_enc", b_enc, (n_latents,), "[F], with F the rows of W_enc")
+    _require_alike(x=x, W_enc=W_enc, b_enc=b_enc)
+    k, width = _rows_of_k(k, k_max, lead, n_latents, x.device)
+    out = torch.ops.aksae.topk_encode(_rows(x), W_enc, b_enc, k, width, dispatch.requested())
+    return _codes(out, lead)
+
+
+def batch_topk_select(pre_acts: Tensor, budget: int, k_max: int | None = None) -> SparseCodes:
+    """Keep the `budget` largest positive entries of the whole batch (BatchTopK, arXiv 2412.06410).
+
+    Ties go to the smaller row, then to the smaller latent.
+
+    Args:
+        pre_acts: `[..., F]`; all leading dimensions together are the batch.
+        budget: entries to keep in all; 0 or less keeps none.
+        k_max: width of the result; None means F, since one row may take the whole budget.
+
+    Raises:
+        ValueError: a row wins more than `k_max` entries (on an accelerator: an asynchronous device assertion).
+        TypeError, ValueError: an argument of the wrong kind.
+    """
+    _require_float("pre_acts", pre_acts)
+    lead, n_latents = _lead("pre_acts", pre_acts)
+    budget = max(0, _int("budget", budget))
+    width = _width(k_max, n_latents)
+    rows = _rows(pre_acts)
+    # Clamped, so that any int fits the 64-bit argument.
+    budget = torch.sym_min(budget, rows.shape[0] * n_latents)
+    out = torch.ops.aksae.batch_topk_select(rows, budget, width, dispatch.requested())
+    return _codes(out, lead)
+
+
+def threshold_select(pre_acts: Tensor, threshold: float | Tensor, k_max: int | None = None) -> SparseCodes:
+    """Keep every entry that is strictly above its threshold and `> 0`, unshifted (JumpReLU, BatchTopK inference).
+
+    NaN entries are kept, whatever the threshold; a NaN threshold keeps nothing else.
+
+    Args:
+        pre_acts: `[..., F]`.
+        threshold: a number, compared without rounding it to the data's dtype, or a tensor `[]` or `[F]` of the data's
+            dtype (under autocast: of any floating dtype). No gradient reaches it.
+        k_max: width of the result; None means F.
+
+    Raises:
+        ValueError: a row has more than `k_max` such entries (on an accelerator: an asynchronous device assertion).
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device.
+    """
+    _require_float("pre_acts", pre_acts)
+    lead, n_latents = _lead("pre_acts", pre_acts)
+    if isinstance(threshold, Tensor):
+        _require_float("threshold", threshold)
+        if threshold.ndim:
+            _require_shape("threshold", threshold, (n_latents,), "[F], with F the last dimension of pre_acts, or []")
+        if threshold.device != pre_acts.device or not torch.is_autocast_enabled(pre_acts.device.type):
+            _require_alike(pre_acts=pre_acts, threshold=threshold)
+        threshold = threshold.detach()
+    elif isinstance(threshold, (int, float)) and not isinstance(threshold, bool):
+        threshold = torch.full((), float(threshold), dtype=torch.float64, device=pre_acts.device)
+    else:
+        raise TypeError(f"threshold must be a number or a floating tensor, got {type(threshold).__name__}")
+    width = _width(k_max, n_latents)
+    out = torch.ops.aksae.threshold_select(_rows(pre_acts), threshold, width, dispatch.requested())
+    return _codes(out, lead)
+
+
+def sparse_decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """`y[b] = sum_j values[b, j] * W_dec[indices[b, j]] + b_dec` (SpMM), `[..., D]`.
+
+    Args:
+        codes: values `[..., K]`; may be unsorted and may repeat an index.
+        W_dec: `[F, D]`, one row per latent.
+        b_dec: `[D]` or None.
+
+    Raises:
+        IndexError: an index outside `[0, F)` on CPU (undefined on an accelerator).
+        TypeError, ValueError: shapes, dtypes or devices that do not fit.
+    """
+    values, W_dec, b_dec = _autocast(codes.values, W_dec, b_dec)
+    lead, flat = _checked_codes(codes, values)
+    _require_decoder(W_dec, b_dec)
+    _require_alike(values=values, W_dec=W_dec, b_dec=b_dec)
+    y = torch.ops.aksae.sparse_decode(*flat, W_dec, b_dec, dispatch.requested())
+    return y.view(*lead, W_dec.shape[1])
+
+
+def decode_mse(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, target: Tensor) -> Tensor:
+    """Squared error of the decode, summed over D:
+    `loss[b] = |sum_j values[b, j] * W_dec[indices[b, j]] + b_dec - target[b]|^2`.
+
+    One fused pass decodes, forms the residual and the gradient of `values` from the same gathered rows of `W_dec`, and
+    leaves to the backward only what cannot be had before the loss is scaled.
+
+    Args:
+        codes, W_dec, b_dec: as in `sparse_decode`.
+        target: `[..., D]`.
+
+    Returns:
+        `[...]`, fp32 for 16-bit inputs, else the inputs' dtype. Gradients reach `values`, `W_dec`, `b_dec`, `target`.
+
+    Raises:
+        As `sparse_decode`.
+    """
+    values, W_dec, b_dec, target = _autocast(codes.values, W_dec, b_dec, target)
+    lead, flat = _checked_codes(codes, values)
+    _require_decoder(W_dec, b_dec)
+    _require_shape("target", target, (*lead, W_dec.shape[1]), "[..., D], with the leading shape of codes")
+    _require_alike(values=values, W_dec=W_dec, b_dec=b_dec, target=target)
+    grads = torch.is_grad_enabled()
+    wants_residual = grads and any(t is not None and t.requires_grad for t in (W_dec, b_dec, target))
+    loss, _, _ = torch.ops.aksae.decode_mse(
+        *flat, W_dec, b_dec, _rows(target), wants_residual, grads and values.requires_grad, dispatch.requested()
+    )
+    return loss.view(lead)
+
+
+def sparse_value_grad(grad: Tensor, codes: SparseCodes, W: Tensor) -> Tensor:
+    """`out[b, j] = <grad[b], W[indices[b, j]]>` (SDDMM): the gradient of `sparse_decode` with respect to `values`.
+
+    Args:
+        grad: `[..., D]`, any strides.
+        codes: only `indices` and `counts` are read.
+        W: `[F, D]`.
+
+    Returns:
+        `[..., K]`, 0 in the slots past `counts`. It cannot be differentiated: its backward raises RuntimeError.
+
+    Raises:
+        As `sparse_decode`.
+    """
+    grad, W = _autocast(grad, W)
+    lead, (_, indices, counts) = _checked_codes(codes, codes.values)
+    _require_decoder(W, None, "W")
+    _require_shape("grad", grad, (*lead, W.shape[1]), "[..., D], with the leading shape of codes")
+    _require_alike(grad=grad, W=W, indices=indices)
+    out = torch.ops.aksae.sparse_value_grad(_rows(grad), indices, counts, W, dispatch.requested())
+    return out.view(*lead, indices.shape[1])
+
+
+def sparse_weight_grad(codes: SparseCodes, dense: Tensor, d_sae: int) -> Tensor:
+    """`dW[f] = sum of values[b, j] * dense[b] over the hits indices[b, j] = f` (transposed SpMM), `[F, D]`.
+
+    With the codes of a decode and the gradient of its output it is the gradient of `W_dec`; with the gradient of an
+    encode's values and its input `x`, that of `W_enc`. Rows add up in ascending order: no atomics, the same bits.
+
+    Args:
+        codes: values `[..., K]`.
+        dense: `[..., D]`, any strides.
+        d_sae: F.
+
+    Raises:
+        As `sparse_decode`. It cannot be differentiated: its backward raises RuntimeError.
+    """
+    values, dense = _autocast(codes.values, dense)
+    lead, flat = _checked_codes(codes, values)
+    if not isinstance(dense, Tensor) or dense.ndim == 0:
+        raise _wrong("dense", dense, "a tensor [..., D]")
+    _require_shape("dense", dense, (*lead, dense.shape[-1]), "[..., D], with the leading shape of codes")
+    _require_alike(values=values, dense=dense)
+    d_sae = _int("d_sae", d_sae)
+    if d_sae < 0:
+        raise ValueError(f"d_sae must not be negative, got {d_sae}")
+    return torch.ops.aksae.sparse_weight_grad(*flat, _rows(dense), d_sae, False, dispatch.requested())[0]
+
+
+def adam_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    grad_scale: Tensor | None,
+    unit_norm_rows: bool,
+) -> None:
+    """One in-place Adam step of `optim.SAEAdam`, which says what it computes.
+
+    Args:
+        param: any floating dtype; a matrix `[F, D]` with `unit_norm_rows`, else any shape.
+        grad: the same shape and dtype.
+        exp_avg, exp_avg_sq: the moments, in the accumulation dtype.
+        step: 1 for the first step.
+        grad_scale: 0-dim tensor the gradient is multiplied with; None for 1.
+    """
+    if grad_scale is None:
+        grad_scale = torch.ones((), dtype=exp_avg.dtype, device=param.device)
+    # Without the constraint the shape is of no account; kernels see a matrix. A view where memory allows, which the
+    # moments, made like the parameter, then do as well.
+    tensors = (param, grad, exp_avg, exp_avg_sq)
+    if not all(t.is_contiguous() for t in (param, exp_avg, exp_avg_sq)):
+        copies = [t.contiguous() for t in tensors]
+        adam_step(
+            *copies,
+            step=step,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            grad_scale=grad_scale,
+            unit_norm_rows=unit_norm_rows,
+        )
+        for original, copy in zip((param, exp_avg, exp_avg_sq), (copies[0], *copies[2:])):
+            original.copy_(copy)
+        return
+    if param.ndim != 2:
+        tensors = tuple(t.reshape(1, -1) for t in tensors)
+    torch.ops.aksae.adam_step_(*tensors, grad_scale, step, lr, *betas, eps, unit_norm_rows, dispatch.requested())
+
+
+def explain(op: str, *args, **kwargs) -> str:
+    """Which backend would run `op` on these arguments, and what every backend says to it.
+
+    `op` is the name of a public function of this package; the arguments are the ones it would be called with (the first
+    tensor or codes among them decides). Runs nothing. Raises ValueError for an unknown op or where no tensor is given.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _EXPLAINED:
+        raise ValueError(f"op must be one of {', '.join(_EXPLAINED)}; got {name!r}")
+    for argument in (*args, *kwargs.values()):
+        tensor = argument.values if isinstance(argument, SparseCodes) else argument
+        if isinstance(tensor, Tensor):
+            return dispatch.explain_choice(name, tensor)
+    raise ValueError(f"explain needs the arguments of {name}, with at least one tensor among them")
+
+
+_EXPLAINED = (
+    "topk_select",
+    "topk_encode",
+    "batch_topk_select",
+    "threshold_select",
+    "sparse_decode",
+    "decode_mse",
+    "sparse_value_grad",
+    "sparse_weight_grad",
+)
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+
+def _codes(out: tuple[Tensor, Tensor, Tensor], lead: tuple[int, ...]) -> SparseCodes:
+    values, indices, counts = out
+    width = values.shape[1]
+    return SparseCodes(values.view(*lead, width), indices.view(*lead, width), counts.view(lead))
+
+
+def _lead(name: str, tensor: Tensor) -> tuple[tuple[int, ...], int]:
+    if tensor.ndim == 0:
+        raise ValueError(f"{name} must have at least one dimension, got a 0-dimensional tensor")
+    return tuple(tensor.shape[:-1]), tensor.shape[-1]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    # Autocast leaves fp64 alone in torch's own products too.
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and _is_castable(t.dtype) else t for t in tensors)
+
+
+def _is_castable(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype != torch.float64
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def _wrong(name: str, value: object, needs: str) -> Exception:
+    kind = ValueError if isinstance(value, Tensor) else TypeError
+    return kind(f"{name} must be {needs}, got {_describe(value)}")
+
+
+def _int(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {_describe(value)}")
+    return value
+
+
+def _require_float(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {_describe(tensor)}")
+
+
+def _require_shape(name: str, tensor: object, shape: tuple[int | None, ...], needs: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor {needs}, got {_describe(tensor)}")
+    fits = tensor.ndim == len(shape) and all(want is None or have == want for have, want in zip(tensor.shape, shape))
+    if not fits:
+        wanted = ["any" if size is None else int(size) for size in shape]
+        raise ValueError(f"{name} must have shape {wanted}, {needs}, got {list(tensor.shape)}")
+
+
+def _require_decoder(W_dec: Tensor, b_dec: Tensor | None, name: str = "W_dec") -> None:
+    _require_shape(name, W_dec, (None, None), "[F, D]")
+    if b_dec is not None:
+        _require_shape("b_dec", b_dec, (W_dec.shape[1],), f"[D], with D the columns of {name}")
+
+
+def _require_alike(**tensors: Tensor | None) -> None:
+    """One device, and one floating dtype; indices only share the device."""
+    (first_name, first), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    _require_float(first_name, first)
+    for name, tensor in others:
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on the device of {first_name}, {first.device}; got {tensor.device}")
+        if name != "indices" and tensor.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}; got {tensor.dtype}")
+
+
+def _checked_codes(codes: SparseCodes, values: Tensor) -> tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]]:
+    """Leading shape and flattened tensors of codes, `values` standing in for `codes.values`."""
+    if not isinstance(codes, SparseCodes):
+        raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}")
+    _, indices, counts = codes
+    _require_float("codes.values", values)
+    lead, width = _lead("codes.values", values)
+    _require_shape("codes.indices", indices, (*lead, width), "that of codes.values")
+    _require_shape("codes.counts", counts, lead, "that of codes.values without its last dimension")
+    for name, tensor in (("codes.indices", indices), ("codes.counts", counts)):
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {tensor.dtype}")
+        if tensor.device != values.device:
+            raise ValueError(f"{name} must be on the device of codes.values, {values.device}; got {tensor.device}")
+    return lead, (_rows(values), _rows(indices), counts.reshape(-1))
+
+
+def _width(k_max: int | None, n_latents: int) -> int:
+    if k_max is None:
+        return n_latents
+    k_max = _int("k_max", k_max)
+    if k_max < 0:
+        raise ValueError(f"k_max must not be negative, got {k_max}")
+    return torch.sym_min(k_max, n_latents)
+
+
+def _rows_of_k(
+    k: int | Tensor, k_max: int | None, lead: tuple[int, ...], n_latents: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """Per-row k as int32 `[rows]`, clamped to `[0, width]`, and the width `min(k_max, F)`."""
+    n_rows = math.prod(lead)
+    if isinstance(k, Tensor):
+        if k.dtype == torch.bool or k.is_floating_point() or k.is_complex():
+            raise TypeError(f"k must be an int or an integer tensor, got {_describe(k)}")
+        _require_shape("k", k, lead, "the leading shape of the data")
+        if k.device != device:
+            raise ValueError(f"k must be on the device of the data, {device}; got {k.device}")
+        if k_max is None:
+            k_max = _largest(k)
+        width = _width(k_max, n_latents)
+        k = k.reshape(-1)
+        if k.dtype == torch.uint64:
+            # Above 2^63 - 1 the values turn negative in int64; they are larger than any row is wide.
+            k = torch.where(k.view(torch.int64) < 0, width, k.view(torch.int64))
+        return k.to(torch.int64).clamp(0, width).to(torch.int32), width
+    k = torch.sym_max(0, _int("k", k))
+    width = _width(k if k_max is None else k_max, n_latents)
+    return torch.full((n_rows,), torch.sym_min(k, width), dtype=torch.int32, device=device), width
+
+
+def _largest(k: Tensor) -> int:
+    if k.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(k, torch._subclasses.FakeTensor):
+        raise ValueError(
+            "k_max must be given when k is a tensor on an accelerator or the call is traced: "
+            "reading its maximum would synchronise with the host"
+        )
+    return max(0, int(k.to(torch.int64).max())) if k.numel() else 0

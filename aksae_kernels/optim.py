@@ -1,0 +1,125 @@
+"""SAEAdam: Adam that keeps decoder rows on the unit sphere, in one pass over each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from .codes import acc_dtype
+from .ops import adam_step
+
+
+class SAEAdam(torch.optim.Optimizer):
+    """Adam (arXiv 1412.6980) without weight decay, with the constraint SAE decoders need.
+
+    For a group with `unit_norm_rows=True` (matrices `[F, D]` whose rows have unit norm), a step does, for each row w
+    with gradient g:
+
+        g <- g - <g, w> w                     the part along w would only change its length
+        g <- g min(1, max_grad_norm / |g|)    |g| over all parameters of the optimizer, after the line above
+        w <- Adam(w, g)
+        w <- w / |w|                          a zero row stays zero
+
+    Other groups do the two middle lines. Moments are held in fp32 (fp64 for fp64 weights); the update is rounded once
+    to the weight's dtype. On the `cpu` backend all lines of a row run while it is in cache.
+
+    Args:
+        params: parameters, or groups with the keys `params`, and optionally `lr`, `betas`, `eps`, `unit_norm_rows`.
+        lr, betas, eps: as in `torch.optim.Adam`.
+        max_grad_norm: clip by the global norm (over all groups); None for no clipping. `last_grad_norm` then holds the
+            norm before clipping, as a 0-dim tensor, after each step. A NaN or infinite norm makes the update NaN: a
+            diverged run must surface.
+
+    Parameters without a gradient are left alone. Raises ValueError for hyper-parameters out of range, for a
+    `unit_norm_rows` parameter that is not a matrix, and for sparse gradients.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        max_grad_norm: float | None = None,
+    ):
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
+        self.max_grad_norm = max_grad_norm
+        self.last_grad_norm: Tensor | None = None
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "unit_norm_rows": False})
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if not group["lr"] >= 0:
+            raise ValueError(f"lr must not be negative, got {group['lr']}")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
+        if not group["eps"] >= 0:
+            raise ValueError(f"eps must not be negative, got {group['eps']}")
+        for param in group["params"]:
+            if group["unit_norm_rows"] and param.ndim != 2:
+                raise ValueError(f"unit_norm_rows needs matrices [F, D], got a parameter of shape {list(param.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step over all parameters that have a gradient; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale = None
+        if self.max_grad_norm is not None:
+            self.last_grad_norm = self._grad_norm()
+            # Not clamped away when NaN.
+            scale = torch.where(
+                self.last_grad_norm <= self.max_grad_norm, 1.0, self.max_grad_norm / self.last_grad_norm
+            )
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._step_param(param, group, scale)
+        return loss
+
+    def _step_param(self, param: Tensor, group: dict, scale: Tensor | None) -> None:
+        if param.grad.is_sparse:
+            raise ValueError("SAEAdam takes dense gradients, got a sparse one")
+        state = self.state[param]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(param, dtype=acc_dtype(param.dtype))
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=acc_dtype(param.dtype))
+        state["step"] += 1
+        adam_step(
+            param,
+            param.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            step=state["step"],
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            grad_scale=None if scale is None else scale.to(param.device),
+            unit_norm_rows=group["unit_norm_rows"],
+        )
+
+    def _grad_norm(self) -> Tensor:
+        squares = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                acc = acc_dtype(param.dtype)
+                square = torch.linalg.vector_norm(param.grad, dtype=acc).square()
+                if group["unit_norm_rows"]:
+                    # |g - <g, w> w|^2 = |g|^2 - <g, w>^2 (2 - |w|^2), also where |w| is only about 1.
+                    along = torch.linalg.vecdot(param.grad.to(acc), param.to(acc))
+                    length = torch.linalg.vector_norm(param, dim=-1, dtype=acc)
+                    square = (square - (along.square() * (2 - length.square())).sum()).clamp(min=0)
+                squares.append(square)
+        if not squares:
+            return torch.zeros(())
+        return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()

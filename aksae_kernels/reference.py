@@ -1,0 +1,203 @@
+"""Every op in plain PyTorch, for any floating dtype and device: the default implementation and the oracle of the tests.
+
+All functions take rows flattened to two dimensions and arguments already checked by `ops.py`. They compute in fp32
+(fp64 for fp64), round once, and read nothing past `counts`. Cost follows `B * K`, or `B * F` for the selections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .codes import SparseCodes, acc_dtype, check_codes, live_slots
+
+# Elements of the largest temporary of a sparse product; rows are taken in chunks that stay below it.
+_CHUNK = 1 << 24
+
+
+def unavailable() -> None:
+    """Always there."""
+
+
+def refuse(op: str, tensor: Tensor) -> str | None:
+    """Any floating dtype on any device."""
+    return None if tensor.is_floating_point() else f"{tensor.dtype} is not a floating dtype"
+
+
+def describe() -> str:
+    return "plain PyTorch"
+
+
+def topk_select(pre_acts: Tensor, k: Tensor, k_max: int) -> SparseCodes:
+    return _topk(pre_acts, k, k_max, pre_acts.dtype)
+
+
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, k_max: int) -> SparseCodes:
+    acc = acc_dtype(x.dtype)
+    # A reduced fp32 matmul precision (TF32, or bf16 on CPU) would not rank like fp32.
+    product = torch.float64 if torch.get_float32_matmul_precision() != "highest" else acc
+    scores = (x.to(product) @ W_enc.to(product).T).to(acc)
+    if b_enc is not None:
+        scores = scores + b_enc.to(acc)
+    return _topk(scores, k, k_max, x.dtype)
+
+
+def batch_topk_select(pre_acts: Tensor, budget: int, k_max: int) -> SparseCodes:
+    flat = pre_acts.flatten()
+    # Row-major order breaks ties by smaller row, then smaller latent.
+    best = flat.argsort(descending=True, stable=True)[:budget]
+    keep = torch.zeros_like(flat, dtype=torch.bool).scatter(0, best, _selectable(flat[best]))
+    return _compact(keep.view_as(pre_acts), pre_acts, k_max, pre_acts.dtype, "batch_topk_select")
+
+
+def threshold_select(pre_acts: Tensor, threshold: Tensor, k_max: int) -> SparseCodes:
+    above = pre_acts.double() > threshold.double()
+    keep = ((pre_acts > 0) & above) | pre_acts.isnan()
+    return _compact(keep, pre_acts, k_max, pre_acts.dtype, "threshold_select")
+
+
+def sparse_decode(values: Tensor, indices: Tensor, counts: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    acc = acc_dtype(values.dtype)
+    check_codes(indices, counts, W.shape[0])
+    y = values.new_zeros(values.shape[0], W.shape[1], dtype=acc)
+    for rows, weight, pieces in _gathered(values, indices, counts, W):
+        y[rows] = (weight.unsqueeze(-1) * pieces).sum(1)
+    if b is not None:
+        y += b
+    return y.to(values.dtype)
+
+
+def decode_mse(
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    residual: bool,
+    value_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = acc_dtype(values.dtype)
+    error = sparse_decode(values.to(acc), indices, counts, W_dec.to(acc), None if b_dec is None else b_dec.to(acc))
+    error -= target
+    loss = error.square().sum(-1)
+    dots = sparse_value_grad(error, indices, counts, W_dec.to(acc)) if value_grad else error.new_empty(0, 0)
+    return loss, error if residual else error.new_empty(0, 0), dots
+
+
+def sparse_value_grad(grad: Tensor, indices: Tensor, counts: Tensor, W: Tensor) -> Tensor:
+    check_codes(indices, counts, W.shape[0])
+    out = grad.new_zeros(indices.shape)
+    for rows, _, pieces in _gathered(None, indices, counts, W):
+        out[rows] = (grad[rows].to(pieces.dtype).unsqueeze(1) * pieces).sum(-1).to(grad.dtype)
+    # A NaN in grad times a blanked piece is NaN: padding is blanked last.
+    return torch.where(live_slots(SparseCodes(out, indices, counts)), out, 0)
+
+
+def sparse_weight_grad(
+    values: Tensor, indices: Tensor, counts: Tensor, dense: Tensor, d_sae: int, sums: bool
+) -> tuple[Tensor, Tensor]:
+    acc = acc_dtype(values.dtype)
+    check_codes(indices, counts, d_sae)
+    live = live_slots(SparseCodes(values, indices, counts))
+    weight = torch.where(live, values, 0).to(acc)
+    latent = torch.where(live, indices, 0).long()
+    grad = weight.new_zeros(d_sae, dense.shape[1])
+    total = weight.new_zeros(d_sae if sums else 0)
+    for rows in _row_chunks(indices, dense.shape[1]):
+        outer = weight[rows].unsqueeze(-1) * dense[rows].to(acc).unsqueeze(1)
+        outer = torch.where(live[rows].unsqueeze(-1), outer, 0)
+        # index_put_ sums in a fixed order on every device (index_add_ uses atomics on accelerators).
+        grad.index_put_((latent[rows],), outer, accumulate=True)
+        if sums:
+            total.index_put_((latent[rows],), weight[rows], accumulate=True)
+    return grad.to(values.dtype), total.to(values.dtype)
+
+
+def scatter_codes(values: Tensor, indices: Tensor, counts: Tensor, d_sae: int) -> Tensor:
+    return SparseCodes(values, indices, counts).to_dense(d_sae)
+
+
+def adam_step_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad_scale: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    unit_norm_rows: bool,
+) -> None:
+    weight = param.to(exp_avg.dtype)
+    grad = grad.to(exp_avg.dtype)
+    if unit_norm_rows:
+        grad = grad - torch.linalg.vecdot(grad, weight).unsqueeze(-1) * weight
+    grad = grad * grad_scale
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+    weight = weight - lr / (1 - beta1**step) * exp_avg / denominator
+    if unit_norm_rows:
+        norm = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
+        weight = weight / torch.where(norm > 0, norm, 1)
+    param.copy_(weight)
+
+
+def _selectable(scores: Tensor) -> Tensor:
+    return (scores > 0) | scores.isnan()
+
+
+def _topk(scores: Tensor, k: Tensor, k_max: int, dtype: torch.dtype) -> SparseCodes:
+    # A stable descending sort is the total order of the contract: NaN, +inf, larger value, smaller index.
+    best = scores.argsort(dim=-1, descending=True, stable=True)[:, :k_max]
+    rank = torch.arange(best.shape[1], device=scores.device)
+    wanted = (rank < k.unsqueeze(-1)) & _selectable(scores.gather(1, best))
+    keep = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, wanted)
+    return _compact(keep, scores, k_max, dtype, None)
+
+
+def _compact(keep: Tensor, scores: Tensor, k_max: int, dtype: torch.dtype, checked_op: str | None) -> SparseCodes:
+    """The kept scores of each row, packed to the left, as `[B, k_max]`; `checked_op` names the op that may overflow."""
+    counts = keep.sum(-1, dtype=torch.int32)
+    if checked_op is not None:
+        _require_width(counts, k_max, checked_op)
+    n_latents = scores.shape[1]
+    latent = torch.arange(n_latents, device=scores.device)
+    indices = torch.where(keep, latent, n_latents).sort(-1).values[:, :k_max]
+    live = indices < n_latents
+    values = torch.where(live, scores.gather(1, indices.clamp(max=n_latents - 1)), 0) if k_max else scores[:, :0]
+    return SparseCodes(values.to(dtype), torch.where(live, indices, -1).to(torch.int32), counts)
+
+
+def _require_width(counts: Tensor, k_max: int, op: str) -> None:
+    if counts.device.type != "cpu":
+        torch._assert_async((counts <= k_max).all(), f"{op}: k_max={k_max} is too small for a row of the batch")
+    elif counts.numel() and int(counts.max()) > k_max:
+        raise ValueError(f"{op}: k_max must be at least {int(counts.max())}, the active latents of a row; got {k_max}")
+
+
+def _row_chunks(indices: Tensor, width: int) -> Iterator[slice]:
+    n_rows, k_max = indices.shape
+    size = max(1, _CHUNK // max(1, k_max * width))
+    return (slice(start, start + size) for start in range(0, n_rows, size))
+
+
+def _gathered(
+    values: Tensor | None, indices: Tensor, counts: Tensor, W: Tensor
+) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
+    """Chunks of rows: their slice, their values `[b, K]` and rows of W `[b, K, D]`, padding blanked, as sums' dtype."""
+    if W.shape[0] == 0:
+        return
+    acc = acc_dtype(W.dtype)
+    live = live_slots(SparseCodes(indices, indices, counts))
+    for rows in _row_chunks(indices, W.shape[1]):
+        pieces = W[torch.where(live[rows], indices[rows], 0).long()].to(acc)
+        # Blanked, not multiplied by zero: row 0 of W may hold inf or NaN.
+        pieces = torch.where(live[rows].unsqueeze(-1), pieces, 0)
+        weight = None if values is None else torch.where(live[rows], values[rows], 0).to(acc)
+        yield rows, weight, pieces

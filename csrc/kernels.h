@@ -1,0 +1,76 @@
+// Host entry points of the kernels: raw pointers, 64-bit sizes and strides (in elements), no torch type.
+#pragma once
+
+#include <cstdint>
+
+namespace aksae {
+
+enum class DType : int { f32, f64, bf16 };
+
+// A row-major matrix whose rows are contiguous; stride is the distance of rows, 0 for a broadcast row.
+struct Matrix {
+  const void* data;
+  int64_t rows, cols, stride;
+};
+
+// Padded rows [rows, width], contiguous; slots from counts[b] on are not read by kernels that take codes.
+struct Codes {
+  const void* values;  // may be null where only the pattern matters
+  const int32_t* indices;
+  const int32_t* counts;
+  int64_t rows, width;
+};
+
+// The same, to be written: padding gets value 0 and index -1.
+struct CodesOut {
+  void* values;
+  int32_t* indices;
+  int32_t* counts;
+  int64_t rows, width;
+};
+
+struct AdamStep {
+  int64_t step;  // 1 for the first
+  double lr, beta1, beta2, eps, grad_scale;
+  bool unit_norm_rows;
+};
+
+// Calls body(closure, begin, end) on disjoint ranges that cover [0, n), on several threads; grain is the least range.
+using RangeBody = void (*)(const void* closure, int64_t begin, int64_t end);
+using ParallelFor = void (*)(int64_t n, int64_t grain, RangeBody body, const void* closure);
+
+// One table for each instruction set. Sums are held in fp32 (fp64 for f64) and rounded once. Sums run in an order fixed
+// by the shapes alone, so results do not depend on the number of threads.
+struct CpuKernels {
+  const char* isa;
+
+  // k[b] best positive or NaN entries of each row; k is clamped to [0, out.width].
+  void (*topk_select)(ParallelFor, DType, int threads, Matrix pre_acts, const int32_t* k, CodesOut);
+  // The same of x W^T + b, in tiles that stay in cache; b may be null.
+  void (*topk_encode)(ParallelFor, DType, int threads, Matrix x, Matrix W, const void* b, const int32_t* k, CodesOut);
+  // The budget best entries of the whole matrix. Returns the largest row count; rows past out.width are cut there.
+  int64_t (*batch_topk_select)(ParallelFor, DType, Matrix pre_acts, int64_t budget, CodesOut);
+  // Entries that are not <= limit[f] (limit >= 0, in the accumulation type). Returns as batch_topk_select.
+  int64_t (*threshold_select)(ParallelFor, DType, Matrix pre_acts, const void* limit, CodesOut);
+
+  void (*sparse_decode)(ParallelFor, DType, Codes, Matrix W, const void* b, void* y);
+  // loss [B], residual [B, D] and value_grad [B, K] in the accumulation type; the last two may be null.
+  void (*decode_mse)(ParallelFor, DType, Codes, Matrix W, const void* b, Matrix target, void* loss, void* residual,
+                     void* value_grad);
+  void (*sparse_value_grad)(ParallelFor, DType, Codes pattern, Matrix grad, Matrix W, void* out);
+  // grad [d_sae, D]; sums [d_sae] may be null.
+  void (*sparse_weight_grad)(ParallelFor, DType, Codes, Matrix dense, int64_t d_sae, void* grad, void* sums);
+  void (*scatter_codes)(ParallelFor, DType, Codes, int64_t d_sae, void* dense);
+
+  // param and grad [rows, cols] contiguous in the dtype, the moments in the accumulation type.
+  void (*adam_step)(ParallelFor, DType, int64_t rows, int64_t cols, void* param, const void* grad, void* exp_avg,
+                    void* exp_avg_sq, AdamStep);
+};
+
+// The widest table this machine runs. `wanted` (may be null) names another; null comes back where it is not there.
+const CpuKernels* cpu_kernels(const char* wanted);
+
+// Position of the first bad row in codes: counts outside [0, width], or a live index outside [0, d_sae); else -1.
+int64_t first_bad_row(Codes, int64_t d_sae);
+
+}  // namespace aksae

@@ -1,0 +1,7 @@
+"""`python -m aksae`: the same as the command `aksae`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

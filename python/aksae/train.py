@@ -1,0 +1,298 @@
+"""A training run from text to report: labels, activations, probe, the two SAE phases, the baseline, evaluation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from aksae_kernels.optim import SAEAdam
+
+from .activations import resolve_device
+from .config import SAEConfig, TrainConfig, cache_folder, to_dict, validate
+from .data import Batch, BatchReader, Split, load_data
+from .errors import UserError
+from .evaluate import ADAPTIVE, BASELINE, evaluate, mean_l0
+from .formats import finite, write_json
+from .losses import DeadLatents, DeviationWeight, SAELoss, deviation, probe_loss, sae_loss
+from .probe import ComplexityProbe, ProbeReport
+from .sae import AdaptiveKSAE
+
+Log = Callable[[dict[str, Any]], None]
+
+_RUN_FILES = ("config.json", "metrics.jsonl", "probe.json", ADAPTIVE, BASELINE, "eval.json", "report.html")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run."""
+
+    folder: Path
+    """Holds config, metrics, checkpoints, evaluation and report."""
+    evaluation: dict[str, Any]
+    """What `eval.json` holds; `evaluation["models"]` is the comparison table."""
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train an AdaptiveK SAE on a language model's activations, in three phases, and a TopK SAE of equal L0 beside it.
+
+    Everything random follows `config.seed` and `config.text.seed`. Labels and activations are kept in the cache folder
+    and used again by a run that reads the same; everything else goes to `config.output`, which is created once the
+    inputs are known to be good.
+
+    Raises:
+        UserError: a setting or an input is bad, `config.output` holds another run, or activations or the loss become
+            NaN. Checkpoints written before that stay valid, as they do on KeyboardInterrupt and OSError.
+    """
+    from .report import write_report
+
+    validate(config)
+    device = resolve_device(config.device)
+    _check_output(config)
+
+    data = load_data(config.model, config.text, config.labels, cache_folder(config.cache))
+
+    # Phase 1: the probe, in closed form.
+    probe, probe_report = fit_probe(data.train, config)
+    _start_run(config)
+    scores = {"scored": data.scored, "failed": data.failed}
+    write_json(config.output / "probe.json", {**probe_report.to_dict(), "scores": scores})
+
+    # Phases 2 and 3: the SAE, first with the probe frozen, then with both.
+    log = _json_lines(config.output / "metrics.jsonl")
+    adaptive = AdaptiveKSAE(adaptive_config(config, data.train.store.d_in, probe_report.lam), generator=_seeded(config))
+    adaptive.probe.load_state_dict(probe.state_dict())
+    train_sae(adaptive, data.train, config, name=ADAPTIVE, log=log)
+    models = {ADAPTIVE: adaptive}
+
+    if config.baseline:
+        reader = BatchReader(data.train.store, k_per=config.k_per, train_on=config.train_on, device=device)
+        k = max(1, round(mean_l0(adaptive, reader, config.batch_size)))
+        topk = AdaptiveKSAE(SAEConfig(adaptive.config.d_in, config.d_sae, k=k), generator=_seeded(config))
+        train_sae(topk, data.train, config, name=BASELINE, log=log)
+        models[BASELINE] = topk
+
+    evaluation = evaluate(models, data.heldout, data.tokenizer, config, device)
+    write_json(config.output / "eval.json", evaluation)
+    write_report(config.output)
+    return TrainResult(config.output, evaluation)
+
+
+def fit_probe(split: Split, config: TrainConfig) -> tuple[ComplexityProbe, ProbeReport]:
+    """Phase 1: the probe from each context's last activation to its label."""
+    return ComplexityProbe.fit(
+        split.store.rows(split.store.last_rows()),
+        split.labels,
+        lambdas=config.probe_lambdas,
+        folds=config.probe_folds,
+        seed=config.seed,
+        score_min=config.score_min,
+        score_max=config.score_max,
+    )
+
+
+def adaptive_config(config: TrainConfig, d_in: int, probe_lambda: float) -> SAEConfig:
+    """The SAE that `config` asks for, on activations of width `d_in`."""
+    return SAEConfig(
+        d_in=d_in,
+        d_sae=config.d_sae,
+        k_min=config.k_min,
+        k_max=config.k_max,
+        steepness=config.steepness,
+        score_min=config.score_min,
+        score_max=config.score_max,
+        probe_lambda=probe_lambda,
+    )
+
+
+def train_sae(sae: AdaptiveKSAE, split: Split, config: TrainConfig, *, name: str, log: Log) -> None:
+    """Phases 2 and 3 on `config.device`, in place; `sae` with a fixed k has no probe and stays in phase 2.
+
+    Checkpoints go to `config.output / name`, the last one at the end. Every `config.log_every` steps, and for the last
+    one, `log` gets a record of the step. On an accelerator nothing else waits for the device.
+
+    Raises UserError naming step and contexts for NaN activations (before the step) and for a loss that is not finite
+    (before the update on CPU; on an accelerator at the next record or checkpoint).
+    """
+    from tqdm import tqdm
+
+    device = resolve_device(config.device)
+    sae.to(device)
+    reader = BatchReader(split.store, k_per=config.k_per, train_on=config.train_on, device=device)
+    batches = reader.shuffled(config.batch_size, config.seed)
+    labels = split.labels.to(device)
+    dead = DeadLatents(sae.config.d_sae, config.dead_after, device)
+
+    optimizer = SAEAdam(
+        [{"params": [sae.W_enc, sae.b_enc, sae.b_dec]}, {"params": [sae.W_dec], "unit_norm_rows": True}],
+        lr=config.lr,
+        max_grad_norm=config.max_grad_norm,
+    )
+    decay_from = int(config.decay_start * config.steps)
+    schedule = LambdaLR(optimizer, lambda step: lr_factor(step, config.warmup_steps, decay_from, config.steps))
+    tuner = ProbeTuner(sae, config) if sae.probe is not None else None
+    phase3_from = int(config.phase3_start * config.steps)
+
+    with tqdm(total=config.steps * config.batch_size, unit="tok", unit_scale=True, desc=name) as bar:
+        clock = _Clock()
+        for step in range(config.steps):
+            phase = 3 if tuner is not None and step >= phase3_from else 2
+            batch = reader.read(next(batches), f"step {step}")
+            if step == 0:
+                sae.initialize_from(batch.x)
+
+            k = reader.k(sae, batch)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                loss = sae_loss(sae, batch.x, k, dead, sparsity_coef=config.sparsity_coef, aux_coef=config.aux_coef)
+            logged = step % config.log_every == 0 or step == config.steps - 1
+            saved = (step + 1) % config.checkpoint_every == 0 or step == config.steps - 1
+            if (logged or saved or device.type == "cpu") and not loss.total.isfinite():
+                raise UserError(_diverged(sae, batch, k, loss, step))
+
+            loss.total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            lr = schedule.get_last_lr()[0]
+            schedule.step()
+            terms = tuner.step(batch.last, labels[batch.contexts.to(device)]) if phase == 3 else {}
+
+            bar.update(config.batch_size)
+            if logged:
+                dead.look()
+                record = {
+                    "model": name,
+                    "phase": phase,
+                    "step": step,
+                    "rows": (step + 1) * config.batch_size,
+                    "lr": lr,
+                    **_terms(loss, batch.x, k, dead),
+                    **{key: float(terms[key]) if terms else None for key in ("probe", "deviation", "delta")},
+                    "tokens_per_s": clock.rate((step + 1) * config.batch_size),
+                }
+                log(record)
+                bar.set_postfix(fvu=f"{record['fvu']:.3f}", l0=f"{record['l0']:.0f}", dead=f"{record['dead']:.1%}")
+            if saved:
+                sae.save_pretrained(config.output / name)
+
+
+class ProbeTuner:
+    """Phase 3 of the probe: `probe_coef * (L_probe + delta * L_dev)`, Adam, and a clip and warm-up of its own.
+
+    No gradient of the SAE loss reaches the probe, since k is rounded, so its step stands apart from the SAE's.
+    """
+
+    def __init__(self, sae: AdaptiveKSAE, config: TrainConfig):
+        self.probe, self.config = sae.probe, config
+        self.penalty = sae.config.probe_lambda or 0.0
+        self.fitted = [sae.probe.weight.detach().clone(), sae.probe.bias.detach().clone()]
+        self.delta = DeviationWeight(sae.probe.weight.device)
+        self.optimizer = torch.optim.Adam(sae.probe.parameters(), lr=config.lr)
+        # Warms up again from its first step on, and never decays.
+        self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, config.warmup_steps))
+
+    def step(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Update the probe by the contexts' last activations `x [n, D]` and `labels [n]`; the loss terms."""
+        delta = self.delta.value
+        fit, moved = probe_loss(self.probe, x, labels, self.penalty), deviation(self.probe, *self.fitted)
+        (self.config.probe_coef * (fit + delta * moved)).backward()
+        torch.nn.utils.clip_grad_norm_(self.probe.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.delta.update(fit)
+        return {"probe": fit.detach(), "deviation": moved.detach(), "delta": delta}
+
+
+def lr_factor(step: int, warmup_steps: int, decay_from: int | None = None, steps: int = 0) -> float:
+    """Share of the learning rate at a step: from 0 linearly to 1, and from `decay_from` linearly to 0 at `steps`."""
+    factor = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+    if decay_from is not None and step > decay_from:
+        factor = min(factor, (steps - step) / (steps - decay_from))
+    return factor
+
+
+class _Clock:
+    """Rows per second since it was last asked."""
+
+    def __init__(self):
+        self.time, self.rows = time.perf_counter(), 0
+
+    def rate(self, rows: int) -> float:
+        now = time.perf_counter()
+        rate = (rows - self.rows) / (now - self.time)
+        self.time, self.rows = now, rows
+        return rate
+
+
+@torch.no_grad()
+def _terms(loss: SAELoss, x: Tensor, k: Tensor, dead: DeadLatents) -> dict[str, float]:
+    """The loss terms and the state of a step, read from the device."""
+    variance = (x - x.mean(0)).square().mean()
+    terms = {
+        "loss": loss.total,
+        "mse": loss.recon,
+        "fvu": loss.recon / variance,
+        "sparsity": loss.sparsity,
+        "aux": loss.aux,
+        "l0": loss.codes.counts.float().mean(),
+        "k_mean": k.float().mean(),
+        "dead": dead.mask().float().mean(),
+    }
+    return {name: float(value) for name, value in terms.items()}
+
+
+@torch.no_grad()
+def _diverged(sae: AdaptiveKSAE, batch: Batch, k: Tensor, loss: SAELoss, step: int) -> str:
+    x_hat = sae.decode(sae.encode(batch.x, k, k_max=sae.k_bound))
+    broken = batch.place[~x_hat.isfinite().all(-1)].unique().cpu()
+    contexts = batch.contexts[broken].tolist()
+    where = f" (contexts {', '.join(map(str, contexts[:5]))})" if contexts else ""
+    return (
+        f"loss: got {float(loss.total)} at step {step}{where}, needs a finite number; "
+        "the activations are finite, a lower lr may help"
+    )
+
+
+def _seeded(config: TrainConfig) -> torch.Generator:
+    return torch.Generator().manual_seed(config.seed)
+
+
+def _json_lines(path: Path) -> Log:
+    def log(record: dict[str, Any]) -> None:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(record)) + "\n")
+
+    return log
+
+
+def _check_output(config: TrainConfig) -> None:
+    """Raise UserError where `config.output` cannot become this run's folder."""
+    folder = config.output
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output: got {folder}, a file, needs a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"output: got {folder}, which holds other files, needs a new or empty folder")
+    if not config.overwrite:
+        raise UserError(f"output: got {folder}, which holds another run, needs a new folder (or overwrite)")
+
+
+def _start_run(config: TrainConfig) -> None:
+    """Clear what a run to be overwritten left, and write the config."""
+    config.output.mkdir(parents=True, exist_ok=True)
+    for name in _RUN_FILES:
+        path = config.output / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    write_json(config.output / "config.json", to_dict(config))

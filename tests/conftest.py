@@ -1,0 +1,92 @@
+"""Where a test runs: backend, device and dtype, and memory that does not happen to be zero."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import aksae_kernels
+
+# cuBLAS repeats bit by bit only with this, and refuses deterministic mode without.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+ALL_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The C++ backend leaves fp16 to the reference.
+DTYPES = {"cpu": ("fp32", "fp64", "bf16"), "triton": ("fp32", "bf16", "fp16"), "cuda": ("fp32", "bf16", "fp16")}
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A backend on a device with data of one dtype."""
+
+    backend: str
+    device: str
+    dtype: torch.dtype
+
+    def randn(self, *shape: int, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+
+    def integers(self, *shape: int, seed: int = 0, high: int = 3) -> torch.Tensor:
+        """Integers in [-high, high]: sums are exact, so every correct result has the same bits."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(-high, high + 1, shape, generator=generator).to(self.device, self.dtype)
+
+
+def _cases() -> Iterator:
+    backends = aksae_kernels.available_backends()
+    # Always there in a full installation: where it is missing, its tests are skipped with the reason, not left out.
+    for backend in dict.fromkeys(("cpu", "reference", *backends)):
+        missing = pytest.mark.skipif(backend not in backends, reason=f"backend {backend!r} is not available")
+        for name in DTYPES.get(backend, ALL_DTYPES):
+            if backend in ("cpu", "reference"):
+                yield pytest.param(Case(backend, "cpu", ALL_DTYPES[name]), id=f"{backend}-{name}", marks=missing)
+            # Without a GPU one skipped case stands for all dtypes.
+            if backend != "cpu" and (name == "fp32" or torch.cuda.is_available()):
+                marks = (pytest.mark.gpu, no_gpu, missing)
+                yield pytest.param(Case(backend, "cuda", ALL_DTYPES[name]), id=f"{backend}-cuda-{name}", marks=marks)
+
+
+CASES = list(_cases())
+
+
+def _entered(case: Case) -> Iterator[Case]:
+    was = torch.are_deterministic_algorithms_enabled()
+    # Deterministic mode fills torch.empty with NaN, so that a slot nobody wrote is seen.
+    torch.use_deterministic_algorithms(True)
+    try:
+        with aksae_kernels.use_backend(case.backend):
+            yield case
+    finally:
+        torch.use_deterministic_algorithms(was)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    """Every backend on every device with every dtype it takes; the backend is in force during the test."""
+    yield from _entered(request.param)
+
+
+@pytest.fixture(params=[case for case in CASES if case.id.endswith("fp32")])
+def fp32(request: pytest.FixtureRequest) -> Iterator[Case]:
+    """Every backend and device, fp32: for what does not depend on the dtype."""
+    yield from _entered(request.param)
+
+
+@pytest.fixture(params=[case for case in CASES if case.id.endswith("fp64")])
+def fp64(request: pytest.FixtureRequest) -> Iterator[Case]:
+    """Every backend and device that takes fp64: for gradcheck."""
+    yield from _entered(request.param)
+
+
+@pytest.fixture(params=[case for case in CASES if case.id in ("cpu-fp32", "reference-fp32")])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend for CPU tensors, and nothing else set up."""
+    with aksae_kernels.use_backend(request.param.backend):
+        yield request.param.backend

