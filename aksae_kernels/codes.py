@@ -29,8 +29,9 @@ class SparseCodes(NamedTuple):
         Carries the gradient of `values`. Raises IndexError on CPU for an index outside `[0, d_sae)`; on an accelerator
         such an index is undefined behaviour.
         """
-        live = live_slots(self)
+        require_d_sae(d_sae)
         check_codes(self.indices, self.counts, d_sae)
+        live = live_slots(self)
         dense = self.values.new_zeros(*self.counts.shape, d_sae)
         if self.indices.shape[-1] == 0 or d_sae == 0:
             return dense
@@ -43,6 +44,7 @@ class SparseCodes(NamedTuple):
         Synchronises with the host, since the number of stored entries is data. Repeated indices are summed; NaN and
         explicit zero values stay stored. No gradient flows.
         """
+        require_d_sae(d_sae)
         with torch.no_grad():
             check_codes(self.indices, self.counts, d_sae)
             live = live_slots(self).flatten()
@@ -67,12 +69,23 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_codes(indices: Tensor, counts: Tensor, d_sae: int) -> None:
-    """`raise_for_codes` where it is free: on CPU tensors that hold data.
+def require_d_sae(d_sae: int) -> None:
+    """Raise TypeError for a `d_sae` that is no int, ValueError for a negative one."""
+    if isinstance(d_sae, bool) or not isinstance(d_sae, (int, torch.SymInt)):
+        raise TypeError(f"d_sae must be an int, got {type(d_sae).__name__} {d_sae!r}")
+    if d_sae < 0:
+        raise ValueError(f"d_sae must not be negative, got {d_sae}")
 
-    On an accelerator the check would force a synchronisation with the host.
-    """
-    if indices.device.type == "cpu" and not torch.compiler.is_compiling():
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the host can read the tensor's data for free: it is on the CPU, and not traced."""
+    traced = torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor)
+    return tensor.device.type == "cpu" and not traced
+
+
+def check_codes(indices: Tensor, counts: Tensor, d_sae: int) -> None:
+    """`raise_for_codes` where reading the codes is free."""
+    if readable(indices):
         raise_for_codes(indices, counts, d_sae)
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .codes import SparseCodes, acc_dtype
+from .codes import SparseCodes, acc_dtype, live_slots, readable, require_d_sae
 
 _library = torch.library.Library("aksae", "DEF")
 
@@ -225,7 +225,11 @@ def _decode_mse_backward(ctx, grad_loss, grad_residual, grad_value_grad):
     wants_values, _, _, wants_W, wants_b, wants_target = ctx.needs_input_grad[:6]
     # d loss[b] = 2 <residual[b], d y[b]>; the forward left residual and <residual[b], W_dec[indices[b, j]]>.
     scale = 2 * grad_loss.unsqueeze(-1)
-    grad_values = (scale * value_grad).to(ctx.dtype) if wants_values else None
+    grad_values = None
+    if wants_values:
+        # Blanked last: a NaN in grad_loss must not reach the padding.
+        live = live_slots(SparseCodes(value_grad, indices, counts))
+        grad_values = torch.where(live, scale * value_grad, 0).to(ctx.dtype)
     grad_W = grad_b = grad_target = None
     if wants_W or wants_b or wants_target:
         grad_y = scale * residual
@@ -376,8 +380,9 @@ def sparse_decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None
         IndexError: an index outside `[0, F)` on CPU (undefined on an accelerator).
         TypeError, ValueError: shapes, dtypes or devices that do not fit.
     """
+    _require_codes(codes)
     values, W_dec, b_dec = _autocast(codes.values, W_dec, b_dec)
-    lead, flat = _checked_codes(codes, values)
+    lead, flat = _flat_codes(codes, values)
     _require_decoder(W_dec, b_dec)
     _require_alike(values=values, W_dec=W_dec, b_dec=b_dec)
     y = torch.ops.aksae.sparse_decode(*flat, W_dec, b_dec, dispatch.requested())
@@ -401,8 +406,9 @@ def decode_mse(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, target: 
     Raises:
         As `sparse_decode`.
     """
+    _require_codes(codes)
     values, W_dec, b_dec, target = _autocast(codes.values, W_dec, b_dec, target)
-    lead, flat = _checked_codes(codes, values)
+    lead, flat = _flat_codes(codes, values)
     _require_decoder(W_dec, b_dec)
     _require_shape("target", target, (*lead, W_dec.shape[1]), "[..., D], with the leading shape of codes")
     _require_alike(values=values, W_dec=W_dec, b_dec=b_dec, target=target)
@@ -428,8 +434,9 @@ def sparse_value_grad(grad: Tensor, codes: SparseCodes, W: Tensor) -> Tensor:
     Raises:
         As `sparse_decode`.
     """
+    _require_codes(codes)
     grad, W = _autocast(grad, W)
-    lead, (_, indices, counts) = _checked_codes(codes, codes.values)
+    lead, (_, indices, counts) = _flat_codes(codes, codes.values)
     _require_decoder(W, None, "W")
     _require_shape("grad", grad, (*lead, W.shape[1]), "[..., D], with the leading shape of codes")
     _require_alike(grad=grad, W=W, indices=indices)
@@ -451,15 +458,14 @@ def sparse_weight_grad(codes: SparseCodes, dense: Tensor, d_sae: int) -> Tensor:
     Raises:
         As `sparse_decode`. It cannot be differentiated: its backward raises RuntimeError.
     """
+    _require_codes(codes)
     values, dense = _autocast(codes.values, dense)
-    lead, flat = _checked_codes(codes, values)
+    lead, flat = _flat_codes(codes, values)
     if not isinstance(dense, Tensor) or dense.ndim == 0:
         raise _wrong("dense", dense, "a tensor [..., D]")
     _require_shape("dense", dense, (*lead, dense.shape[-1]), "[..., D], with the leading shape of codes")
     _require_alike(values=values, dense=dense)
-    d_sae = _int("d_sae", d_sae)
-    if d_sae < 0:
-        raise ValueError(f"d_sae must not be negative, got {d_sae}")
+    require_d_sae(d_sae)
     return torch.ops.aksae.sparse_weight_grad(*flat, _rows(dense), d_sae, False, dispatch.requested())[0]
 
 
@@ -487,26 +493,25 @@ def adam_step(
     """
     if grad_scale is None:
         grad_scale = torch.ones((), dtype=exp_avg.dtype, device=param.device)
-    # Without the constraint the shape is of no account; kernels see a matrix. A view where memory allows, which the
-    # moments, made like the parameter, then do as well.
-    tensors = (param, grad, exp_avg, exp_avg_sq)
-    if not all(t.is_contiguous() for t in (param, exp_avg, exp_avg_sq)):
-        copies = [t.contiguous() for t in tensors]
-        adam_step(
-            *copies,
-            step=step,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            grad_scale=grad_scale,
-            unit_norm_rows=unit_norm_rows,
-        )
-        for original, copy in zip((param, exp_avg, exp_avg_sq), (copies[0], *copies[2:])):
-            original.copy_(copy)
-        return
-    if param.ndim != 2:
-        tensors = tuple(t.reshape(1, -1) for t in tensors)
-    torch.ops.aksae.adam_step_(*tensors, grad_scale, step, lr, *betas, eps, unit_norm_rows, dispatch.requested())
+    # Kernels see a contiguous matrix; without the constraint the shape is of no account.
+    shape = param.shape if param.ndim == 2 else (1, param.numel())
+    state = (param, exp_avg, exp_avg_sq)
+    rows = [tensor.contiguous().view(shape) for tensor in state]
+    torch.ops.aksae.adam_step_(
+        rows[0],
+        grad.contiguous().view(shape),
+        *rows[1:],
+        grad_scale,
+        step,
+        lr,
+        *betas,
+        eps,
+        unit_norm_rows,
+        dispatch.requested(),
+    )
+    for tensor, updated in zip(state, rows):
+        if not tensor.is_contiguous():
+            tensor.copy_(updated.view(param.shape))
 
 
 def explain(op: str, *args, **kwargs) -> str:
@@ -616,12 +621,15 @@ def _require_alike(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}; got {tensor.dtype}")
 
 
-def _checked_codes(codes: SparseCodes, values: Tensor) -> tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]]:
-    """Leading shape and flattened tensors of codes, `values` standing in for `codes.values`."""
+def _require_codes(codes: object) -> None:
     if not isinstance(codes, SparseCodes):
         raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}")
+    _require_float("codes.values", codes.values)
+
+
+def _flat_codes(codes: SparseCodes, values: Tensor) -> tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]]:
+    """Leading shape and flattened tensors of codes, `values` standing in for `codes.values`."""
     _, indices, counts = codes
-    _require_float("codes.values", values)
     lead, width = _lead("codes.values", values)
     _require_shape("codes.indices", indices, (*lead, width), "that of codes.values")
     _require_shape("codes.counts", counts, lead, "that of codes.values without its last dimension")
@@ -653,23 +661,23 @@ def _rows_of_k(
         _require_shape("k", k, lead, "the leading shape of the data")
         if k.device != device:
             raise ValueError(f"k must be on the device of the data, {device}; got {k.device}")
-        if k_max is None:
-            k_max = _largest(k)
-        width = _width(k_max, n_latents)
         k = k.reshape(-1)
         if k.dtype == torch.uint64:
-            # Above 2^63 - 1 the values turn negative in int64; they are larger than any row is wide.
-            k = torch.where(k.view(torch.int64) < 0, width, k.view(torch.int64))
-        return k.to(torch.int64).clamp(0, width).to(torch.int32), width
+            # From 2^63 on the values would turn negative in int64.
+            k = k.view(torch.int64)
+            k = torch.where(k < 0, torch.iinfo(torch.int64).max, k)
+        k = k.to(torch.int64)
+        width = _width(_largest(k) if k_max is None else k_max, n_latents)
+        return k.clamp(0, width).to(torch.int32), width
     k = torch.sym_max(0, _int("k", k))
     width = _width(k if k_max is None else k_max, n_latents)
     return torch.full((n_rows,), torch.sym_min(k, width), dtype=torch.int32, device=device), width
 
 
 def _largest(k: Tensor) -> int:
-    if k.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(k, torch._subclasses.FakeTensor):
+    if not readable(k):
         raise ValueError(
             "k_max must be given when k is a tensor on an accelerator or the call is traced: "
             "reading its maximum would synchronise with the host"
         )
-    return max(0, int(k.to(torch.int64).max())) if k.numel() else 0
+    return max(0, int(k.max())) if k.numel() else 0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .codes import SparseCodes, acc_dtype, check_codes, live_slots
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements of the largest temporary of a sparse product; rows are taken in chunks that stay below it.
 _CHUNK = 1 << 24
 
@@ -22,8 +23,9 @@ def unavailable() -> None:
 
 
 def refuse(op: str, tensor: Tensor) -> str | None:
-    """Any floating dtype on any device."""
-    return None if tensor.is_floating_point() else f"{tensor.dtype} is not a floating dtype"
+    """Any device, and the floating dtypes that PyTorch computes in."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return None if tensor.dtype in _DTYPES else f"it takes float16, bfloat16, float32 and float64, not {name}"
 
 
 def describe() -> str:
@@ -106,7 +108,7 @@ def sparse_weight_grad(
     latent = torch.where(live, indices, 0).long()
     grad = weight.new_zeros(d_sae, dense.shape[1])
     total = weight.new_zeros(d_sae if sums else 0)
-    for rows in _row_chunks(indices, dense.shape[1]):
+    for rows in _row_chunks(indices, dense.shape[1]) if d_sae else ():
         outer = weight[rows].unsqueeze(-1) * dense[rows].to(acc).unsqueeze(1)
         outer = torch.where(live[rows].unsqueeze(-1), outer, 0)
         # index_put_ sums in a fixed order on every device (index_add_ uses atomics on accelerators).
@@ -170,8 +172,10 @@ def _compact(keep: Tensor, scores: Tensor, k_max: int, dtype: torch.dtype, check
     latent = torch.arange(n_latents, device=scores.device)
     indices = torch.where(keep, latent, n_latents).sort(-1).values[:, :k_max]
     live = indices < n_latents
-    values = torch.where(live, scores.gather(1, indices.clamp(max=n_latents - 1)), 0) if k_max else scores[:, :0]
-    return SparseCodes(values.to(dtype), torch.where(live, indices, -1).to(torch.int32), counts)
+    # A latent of its own for padding, so that rows of no latents can be gathered from too.
+    padded = torch.nn.functional.pad(scores, (0, 1))
+    values = padded.gather(1, indices).to(dtype)
+    return SparseCodes(values, torch.where(live, indices, -1).to(torch.int32), counts)
 
 
 def _require_width(counts: Tensor, k_max: int, op: str) -> None:

@@ -146,6 +146,43 @@ def test_last_block_is_read_before_the_final_norm(load, family):
         torch.testing.assert_close(got[torch.from_numpy(mask)], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_blocks_are_the_longest_list_that_ran():
+    """Short lists before and after the blocks, a longer one that text does not reach, one of another output shape."""
+
+    class Model(torch.nn.Module):
+        config = transformers.LlamaConfig(**COMMON)
+        dtype, device = torch.float32, torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            self.vision = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(9))
+            self.stem = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
+            self.pooled = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(7))
+            self.tail = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, input_ids, attention_mask):
+            x = torch.nn.functional.one_hot(input_ids, 8).float()
+            for block in (*self.stem, *self.blocks, *self.tail):
+                x = block(x)
+            return sum(pool(x.mean(1)) for pool in self.pooled)
+
+    lm = LanguageModel(Model(), None, layer=0, name="made up")
+    assert (lm.n_layers, lm.d_model) == (4, 8)
+
+
+def test_model_without_blocks():
+    class Model(torch.nn.Module):
+        config = transformers.LlamaConfig(**COMMON)
+        dtype, device = torch.float32, torch.device("cpu")
+
+        def forward(self, input_ids, attention_mask):
+            return input_ids
+
+    with pytest.raises(UserError, match="no stack of transformer blocks in made up"):
+        LanguageModel(Model(), None, layer=0, name="made up")
+
+
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
 def test_blocks_behind_the_layer_do_not_run(load, family):
     lm = load(family, 1)

@@ -97,7 +97,7 @@ def test_the_auxiliary_loss_trains_the_encoder_of_dead_latents():
     assert not torch.isin(loss.codes.indices, is_dead.nonzero()).any()
     for name in ("W_enc", "b_enc", "W_dec"):
         gradient = sae.get_parameter(name).grad[is_dead].reshape(int(is_dead.sum()), -1)
-        assert gradient.abs().sum(1).gt(0).float().mean() > 0.5, name
+        assert gradient.abs().sum(1).gt(0).sum() >= 3, name
 
 
 def test_a_latent_that_fires_is_dead_no_more():

@@ -68,6 +68,16 @@ def test_no_penalty_gives_the_minimum_norm_solution(n, d, lam):
     np.testing.assert_allclose(bias.item(), (y.mean() - X.mean(0) @ torch.from_numpy(expected)).item(), rtol=1e-6)
 
 
+def test_dependent_columns_are_noticed_even_where_rounding_hides_them():
+    # In some of these, Cholesky of the singular matrix succeeds, with a pivot of rounding errors.
+    for seed in range(12):
+        X, y = regression(30, 5, seed=seed)
+        X = 3 * X + 2
+        X[:, 4] = X[:, 0] - X[:, 1]
+        expected = torch.linalg.pinv(X - X.mean(0), rtol=1e-10) @ (y - y.mean())
+        torch.testing.assert_close(ridge_fit(X, y, 0.0)[0], expected, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("lam", [0.0, 1.0])
 def test_degenerate_data_predicts_the_mean(lam):
     y = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
@@ -139,9 +149,9 @@ def test_bad_input_is_named(X, y, lam, error, named):
         ridge_fit(X, y, lam)
 
 
-def scores(n, d, *, seed=0, noise=0.5):
+def scores(n, d, *, seed=0, noise=0.5, spread=1.5):
     X, y = regression(n, d, noise=noise, seed=seed, dtype=torch.float32)
-    return X, (5 + 1.5 * (y - y.mean()) / y.std()).clamp(0, 10)
+    return X, (5 + spread * (y - y.mean()) / y.std()).clamp(0, 10)
 
 
 def test_forward_is_the_clamped_product():
@@ -172,20 +182,23 @@ def test_autocast_does_not_round_scores():
 
 
 def test_fit_agrees_with_a_plain_loop():
-    X, y = scores(143, 40, noise=3.0)
+    X, y = scores(143, 40, noise=3.0, spread=4.0)
     lambdas, folds, holdout, seed = (0.1, 10.0, 100.0, 1e5), 4, 0.3, 7
     probe, report = ComplexityProbe.fit(X, y, lambdas=lambdas, folds=folds, holdout=holdout, seed=seed)
 
     order = torch.randperm(143, generator=torch.Generator().manual_seed(seed))
     heldout, fitted = order[:43], order[43:]
-    expected = []
+    expected, clamped = [], 0
     for lam in lambdas:
         errors = []
         for part in fitted.tensor_split(folds):
             rest = fitted[~torch.isin(fitted, part)]
             weight, bias = ridge_fit(X[rest].double(), y[rest].double(), lam)
-            errors.append((X[part].double() @ weight + bias).clamp(0, 10) - y[part])
+            predicted = X[part].double() @ weight + bias
+            clamped += int(((predicted < 0) | (predicted > 10)).sum())
+            errors.append(predicted.clamp(0, 10) - y[part])
         expected.append(torch.cat(errors).square().mean().sqrt().item())
+    assert clamped > 0
     assert report.cv_rmse == pytest.approx(expected, rel=1e-9)
     assert report.lam == lambdas[int(np.argmin(expected))]
     # The grid has a real minimum inside, so that a wrong choice shows.

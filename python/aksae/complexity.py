@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 SURPRISAL_RANGE = (1.0, 6.0)
 """Mean losses in nats per token that `surprisal` maps to 0 and 10."""
 
-_SURPRISAL_BATCH = 8
+# Logits are tokens x vocabulary: a bound on the tokens keeps a batch near 200 MB for a vocabulary of 50,000.
+_SURPRISAL_BATCH_TOKENS = 1024
 
 
 def score_contexts(
@@ -70,8 +71,9 @@ def _surprisal(contexts: ContextSet, model: LanguageModel | None, progress: bool
     losses = np.empty(len(contexts), np.float32)
     tokens = contexts.attention_mask.sum(axis=1)
     with tqdm(total=int(tokens.sum()), desc="surprisal labels", unit="token", disable=not progress) as bar:
-        for start in range(0, len(contexts), _SURPRISAL_BATCH):
-            batch = slice(start, start + _SURPRISAL_BATCH)
+        size = max(1, _SURPRISAL_BATCH_TOKENS // contexts.input_ids.shape[1])
+        for start in range(0, len(contexts), size):
+            batch = slice(start, start + size)
             losses[batch] = model.token_losses(contexts.input_ids[batch], contexts.attention_mask[batch]).cpu()
             bar.update(int(tokens[batch].sum()))
     low, high = SURPRISAL_RANGE

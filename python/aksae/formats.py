@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,8 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], config: Mapping
             code = re.search(r"os error (\d+)", str(error))
             number = int(code[1]) if code else errno.EIO
             raise OSError(number, os.strerror(number), str(folder / WEIGHTS)) from error
+        # safetensors lets only the owner read it; the config has the mode that new files have here.
+        shutil.copymode(folder / CONFIG, temporary)
 
 
 def load_checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -141,9 +141,10 @@ async def _ask(client: openai.AsyncOpenAI, text: str, config: LabelConfig) -> di
             )
             return _checked(json.loads(reply.choices[0].message.content))
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            reason = " ".join(error.message.split())
             raise UserError(
-                f"labels.model: {client.base_url} refuses {config.model!r} with status {error.status_code} "
-                f"({error.message}); needs a model of that endpoint, and a key for it in OPENAI_API_KEY"
+                f"labels.model: {client.base_url} refuses {config.model!r} with status {error.status_code} ({reason}); "
+                "needs a model of that endpoint, and a key for it in OPENAI_API_KEY"
             ) from error
         except openai.APIStatusError as error:
             if error.status_code < 500 and error.status_code not in _TRY_AGAIN:

@@ -227,18 +227,17 @@ class _Moments:
         """Ridge weight `[D]` and bias `[]` in float64."""
         mean_x, mean_y = self.x / self.n, self.y / self.n
         gram = self.xx - self.n * torch.outer(mean_x, mean_x)
-        # Variance that rounding alone produces: of the sums, and of a centre that is not exactly the mean.
-        eps = torch.finfo(gram.dtype).eps
-        noise = len(gram) * eps * (gram.trace() + eps * self.n * self.centre.square().sum())
-        weight = _solve_psd(gram, self.xy - self.x * mean_y, lam, noise)
+        weight = _solve_psd(gram, self.xy - self.x * mean_y, lam)
         return weight, mean_y - (self.centre + mean_x) @ weight
 
 
-def _solve_psd(gram: Tensor, rhs: Tensor, lam: float, noise: Tensor) -> Tensor:
-    """`(gram + lam I)^-1 rhs`; where that is singular up to `noise`, 0 along the directions in which `gram` is 0."""
+def _solve_psd(gram: Tensor, rhs: Tensor, lam: float) -> Tensor:
+    """`(gram + lam I)^-1 rhs`; where that is singular up to rounding, 0 along the directions in which `gram` is 0."""
+    noise = len(gram) * torch.finfo(gram.dtype).eps * gram.trace()
     system = gram.clone()
     system.diagonal().add_(lam)
     factor, failed = torch.linalg.cholesky_ex(system)
+    # A singular matrix may pass by luck of rounding; its smallest pivot gives it away.
     if not failed and factor.diagonal().square().min() > noise:
         return torch.cholesky_solve(rhs[:, None], factor)[:, 0]
     values, vectors = torch.linalg.eigh(gram)

@@ -71,7 +71,8 @@ def _paragraphs(raw: str) -> Iterator[str]:
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
     for block in re.split(r"\n\s*\n", text):
-        yield " ".join(" ".join(line.strip().lstrip("#>-+| ") for line in block.splitlines()).split())
+        if ">>>" not in block:  # an interpreter session
+            yield " ".join(" ".join(line.strip().lstrip("#>-+| ") for line in block.splitlines()).split())
 
 
 def _is_prose(paragraph: str) -> bool:
@@ -80,7 +81,7 @@ def _is_prose(paragraph: str) -> bool:
     Code, tables, headings, lists of names and other languages fail one of these.
     """
     words = paragraph.split()
-    if len(words) < 8 or paragraph.rstrip(_CLOSING)[-1:] not in {".", ":", "!", "?", ";"} or ">>>" in paragraph:
+    if len(words) < 8 or paragraph.rstrip(_CLOSING)[-1:] not in {".", ":", "!", "?", ";"}:
         return False
     letters = sum(character.isalpha() for character in paragraph)
     function_words = sum(word.lower() in _FUNCTION_WORDS for word in words)
@@ -119,7 +120,7 @@ def _licences() -> Iterator[str]:
 def _docstrings() -> Iterator[str]:
     paths = sysconfig.get_paths()
     for root in dict.fromkeys(Path(paths[name]) for name in ("stdlib", "purelib", "platlib")):
-        for entry in sorted(root.iterdir()):
+        for entry in sorted(root.iterdir()) if root.is_dir() else ():
             if entry.name in _OWN | _SKIPPED_FOLDERS:
                 continue
             files = _sources(entry) if entry.is_dir() else iter([entry] if entry.suffix == ".py" else [])
