@@ -11,6 +11,7 @@ from torch import Tensor
 
 import aksae_kernels as ak
 from aksae_kernels.optim import SAEAdam
+from aksae_kernels.testing import check_codes, encode_scores
 
 OURS = "aksae"
 
@@ -62,16 +63,15 @@ def _cases(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, k: Tensor, k_
         values, found = scores.relu().topk(width)
         return values.masked_fill(torch.arange(width) >= k.unsqueeze(-1), 0), found
 
-    def same_codes(got: ak.SparseCodes) -> None:
-        values, found = padded_topk(pre_acts)
-        expected = torch.zeros_like(pre_acts).scatter(1, found, values)
-        torch.testing.assert_close(got.to_dense(d_sae), expected, rtol=1e-4, atol=1e-5)
+    def check_encode() -> None:
+        scores, tolerance = encode_scores(x, W_enc, b_enc)
+        check_codes(ak.topk_encode(x, W_enc, b_enc, k=k, k_max=width), scores, k, width, tolerance=tolerance)
 
     yield Case(
         "topk_select",
         label,
         {OURS: lambda: ak.topk_select(pre_acts, k, width), "relu + topk + mask": lambda: padded_topk(pre_acts)},
-        lambda: same_codes(ak.topk_select(pre_acts, k, width)),
+        lambda: check_codes(ak.topk_select(pre_acts, k, width), pre_acts, k, width),
     )
     yield Case(
         "topk_encode",
@@ -81,8 +81,10 @@ def _cases(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, k: Tensor, k_
             "linear alone": lambda: F.linear(x, W_enc, b_enc),
             "linear + relu + topk + mask": lambda: padded_topk(F.linear(x, W_enc, b_enc)),
         },
-        lambda: same_codes(ak.topk_encode(x, W_enc, b_enc, k=k, k_max=width)),
+        check_encode,
     )
+
+    tight = {"rtol": 1e-4, "atol": 1e-4}
 
     def bag(weight: Tensor = W_dec, values: Tensor = codes.values) -> Tensor:
         return F.embedding_bag(indices, weight, mode="sum", per_sample_weights=values)
@@ -91,7 +93,7 @@ def _cases(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, k: Tensor, k_
         "sparse_decode",
         label,
         {OURS: lambda: ak.sparse_decode(codes, W_dec), "embedding_bag": bag},
-        lambda: torch.testing.assert_close(ak.sparse_decode(codes, W_dec), bag(), rtol=1e-4, atol=1e-4),
+        lambda: torch.testing.assert_close(ak.sparse_decode(codes, W_dec), bag(), **tight),
     )
 
     live = codes._replace(values=codes.values.clone().requires_grad_())
@@ -119,9 +121,7 @@ def _cases(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, k: Tensor, k_
         "sparse_weight_grad",
         label,
         {OURS: lambda: ak.sparse_weight_grad(codes, x, d_sae), "embedding_bag forward + backward": bag_backward},
-        lambda: torch.testing.assert_close(
-            ak.sparse_weight_grad(codes, x, d_sae), bag_backward(), rtol=1e-4, atol=1e-4
-        ),
+        lambda: torch.testing.assert_close(ak.sparse_weight_grad(codes, x, d_sae), bag_backward(), **tight),
     )
 
     ours = [t.clone().requires_grad_() for t in (W_enc, b_enc, W_dec)]
@@ -140,11 +140,14 @@ def _cases(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, k: Tensor, k_
         loss = error.square().sum()
         return [loss.detach(), *torch.autograd.grad(loss, parameters)]
 
+    def check_step() -> None:
+        # A latent that the two products rank differently, within their error, gets its row's whole gradient in one of
+        # them alone: norms are compared, not elements.
+        for got, expected in zip(our_step(), dense_step()):
+            assert (got - expected).norm() <= 1e-2 * expected.norm(), "gradients differ"
+
     yield Case(
-        "forward + backward of a training step",
-        label,
-        {OURS: our_step, "dense PyTorch": dense_step},
-        lambda: torch.testing.assert_close(our_step(), dense_step(), rtol=2e-3, atol=2e-2),
+        "forward + backward of a training step", label, {OURS: our_step, "dense PyTorch": dense_step}, check_step
     )
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run`: check each case, time its contenders in turn, print ratios; optionally keep them as JSON."""
+"""`python -m benchmarks.run`: check each case, time its contenders in turn, print ratios; keep them with `--json`."""
 
 from __future__ import annotations
 
