@@ -31,7 +31,7 @@ class Case:
 
     def randn(self, *shape: int, seed: int = 0) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
 
     def integers(self, *shape: int, seed: int = 0, high: int = 3) -> torch.Tensor:
         """Integers in [-high, high]: sums are exact, so every correct result has the same bits."""
