@@ -356,7 +356,7 @@ def threshold_select(pre_acts: Tensor, threshold: float | Tensor, k_max: int | N
         _require_float("threshold", threshold)
         if threshold.ndim:
             _require_shape("threshold", threshold, (n_latents,), "[F], with F the last dimension of pre_acts, or []")
-        if threshold.device != pre_acts.device or not torch.is_autocast_enabled(pre_acts.device.type):
+        if threshold.device != pre_acts.device or not _autocasting(pre_acts.device):
             _require_alike(pre_acts=pre_acts, threshold=threshold)
         threshold = threshold.detach()
     elif isinstance(threshold, (int, float)) and not isinstance(threshold, bool):
@@ -562,11 +562,16 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not _autocasting(first.device):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     # Autocast leaves fp64 alone in torch's own products too.
     return tuple(t.to(dtype) if isinstance(t, Tensor) and _is_castable(t.dtype) else t for t in tensors)
+
+
+def _autocasting(device: torch.device) -> bool:
+    # torch knows no autocast of the meta device, and raises.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _is_castable(dtype: torch.dtype) -> bool:

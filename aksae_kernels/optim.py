@@ -84,6 +84,17 @@ class SAEAdam(torch.optim.Optimizer):
                     self._step_param(param, group, scale)
         return loss
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As in torch, but moments keep the accumulation dtype, where torch would round them to the weight's."""
+        super().load_state_dict(state_dict)
+        ours = (param for group in self.param_groups for param in group["params"])
+        keys = (key for group in state_dict["param_groups"] for key in group["params"])
+        for param, key in zip(ours, keys):
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in self.state[param]:
+                    moment = state_dict["state"][key][name]
+                    self.state[param][name] = moment.to(param.device, acc_dtype(param.dtype), copy=True)
+
     def _step_param(self, param: Tensor, group: dict, scale: Tensor | None) -> None:
         if param.grad.is_sparse:
             raise ValueError("SAEAdam takes dense gradients, got a sparse one")

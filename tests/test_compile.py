@@ -207,6 +207,12 @@ def test_layers_compile(backend):
     torch.testing.assert_close(compiled(autoencode)(x), autoencode(x))
 
 
+def test_layers_export(backend):
+    autoencoder, x = torch.nn.Sequential(TopKEncoder(8, 30, k=3), SparseDecoder(30, 8)), inputs()[0].detach()
+    exported = torch.export.export(autoencoder, (x,)).module()
+    torch.testing.assert_close(exported(x), autoencoder(x))
+
+
 def test_batch_size_does_not_recompile(backend):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     traced = torch.compile(forward, fullgraph=True, backend=counter, dynamic=True)

@@ -436,6 +436,16 @@ def test_double_backward_raises(fp32, op, wanted):
         twice()
 
 
+def test_backward_may_run_again(fp32):
+    codes, W, b, target = problem(fp32, (7,), 5, 30, 11)
+    leaves = [t.detach().requires_grad_() for t in (codes.values, W, b, target)]
+    codes = codes._replace(values=leaves[0])
+    loss = sparse_decode(codes, leaves[1], b).sum() + decode_mse(codes, *leaves[1:]).sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
 def test_gradient_ops_have_no_silent_gradient(fp32):
     codes, W, _, target = problem(fp32, (7,), 5, 30, 11)
     codes = codes._replace(values=codes.values.requires_grad_())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -282,11 +283,14 @@ def test_backward_runs_on_the_backend_of_the_forward(monkeypatch, forward, backw
 
 
 @needs_cpu
-def test_backward_of_an_automatic_choice_is_not_disturbed():
+@pytest.mark.parametrize("how", ["use_backend", "AKSAE_BACKEND"])
+def test_backward_of_an_automatic_choice_is_not_disturbed(monkeypatch, how):
     # fp16 runs on the reference by itself; a later request for `cpu`, which refuses fp16, does not reach its backward.
     x, W, b = problem(torch.float16)
     loss = sparse_decode(topk_encode(x, W, b, k=3), W).sum()
-    with use_backend("cpu"):
+    if how == "AKSAE_BACKEND":
+        monkeypatch.setenv(how, "cpu")
+    with use_backend("cpu") if how == "use_backend" else contextlib.nullcontext():
         loss.backward()
     assert x.grad.dtype == torch.float16
 

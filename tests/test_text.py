@@ -21,7 +21,7 @@ LENGTH = 32
 END = "<end>"
 
 
-def byte_tokenizer(template: str | None = None, eos: str | None = END):
+def byte_tokenizer(template: str | None = None, bos: str | None = None, eos: str | None = END):
     """One token a byte, so decoding is exact; `template` wraps texts in special tokens, as real tokenizers do."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -36,7 +36,7 @@ def byte_tokenizer(template: str | None = None, eos: str | None = END):
         specials = [(name, i) for i, name in enumerate(names)]
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=specials)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", sep_token="<sep>", eos_token=eos
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token=bos, sep_token="<sep>", eos_token=eos
     )
 
 
@@ -119,7 +119,7 @@ def test_packed_contexts_are_full_and_joined_by_the_end_token(write, tokenizer):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["bounded", "packed"])
 def test_special_tokens_of_the_tokenizer_surround_each_context_outside_the_loss(write, packed):
-    tokenizer = byte_tokenizer("<bos> $A <sep>")
+    tokenizer = byte_tokenizer("<bos> $A <sep>", bos="<bos>")
     train, heldout = load_contexts(write(letters(12), packed=packed), tokenizer)
     for contexts in (train, heldout):
         assert_consistent(contexts, tokenizer)
@@ -128,6 +128,15 @@ def test_special_tokens_of_the_tokenizer_surround_each_context_outside_the_loss(
         assert (contexts.input_ids[np.arange(len(contexts)), last] == tokenizer.sep_token_id).all()
         assert not any("<bos>" in piece or "<sep>" in piece for piece in contexts.texts)
     assert (train.loss_mask.sum(1) == LENGTH - 2).any()
+
+
+def test_a_bos_that_the_tokenizer_does_not_add_is_added(write):
+    tokenizer = byte_tokenizer(bos="<bos>")
+    for contexts in load_contexts(write(letters(12)), tokenizer):
+        assert (contexts.input_ids[:, 0] == tokenizer.bos_token_id).all()
+        assert not contexts.loss_mask[:, 0].any()
+        assert contexts.loss_mask[:, 1].all()
+        assert_consistent(contexts, tokenizer)
 
 
 def test_special_tokens_inside_a_text_are_no_loss_tokens(write, tokenizer):
@@ -325,7 +334,7 @@ def test_settings_out_of_range(write, tokenizer, settings, message):
 
 def test_what_the_tokenizer_rules_out(write):
     with pytest.raises(UserError, match="needs at least 18 with this tokenizer"):
-        load_contexts(write(letters(12), context_length=17), byte_tokenizer("<bos> $A <sep>"))
+        load_contexts(write(letters(12), context_length=17), byte_tokenizer("<bos> $A <sep>", bos="<bos>"))
     with pytest.raises(UserError, match=r"text.packed: .*end-of-text"):
         load_contexts(write(letters(12), packed=True), byte_tokenizer(eos=None))
 

@@ -135,7 +135,8 @@ def by_the_equations(sae, split, config):
 
         if step >= phase3_from:
             of_batch = context.unique()
-            fit = ((score - split.labels)[of_batch] ** 2).mean() + sae.config.probe_lambda / 2 * (w**2).sum()
+            share = {"published": 1 / 2, "fitted": 1 / len(split.labels)}[config.phase3_penalty]
+            fit = ((score - split.labels)[of_batch] ** 2).mean() + share * sae.config.probe_lambda * (w**2).sum()
             moved = torch.zeros(()) if step < phase3_from + 2 else (w - w0).norm() + (b - b0).abs()
             probe_adam.zero_grad()
             (config.probe_coef * (fit + delta * moved)).backward()
@@ -150,8 +151,9 @@ def by_the_equations(sae, split, config):
     return {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "probe.weight": w, "probe.bias": b}, totals
 
 
-def test_training_follows_the_equations(tmp_path):
-    split, config = make_split(), make_config(tmp_path)
+@pytest.mark.parametrize("penalty", ["published", "fitted"])
+def test_training_follows_the_equations(tmp_path, penalty):
+    split, config = make_split(), make_config(tmp_path, phase3_penalty=penalty)
     expected, totals = by_the_equations(make_sae(config, split), split, config)
     sae, records = run(config, split)
     assert [record["loss"] for record in records] == pytest.approx(totals, rel=1e-6)
@@ -249,7 +251,7 @@ def test_nan_activations_stop_the_run(tmp_path, bad):
 
 def test_a_diverged_loss_stops_the_run_before_it_spoils_the_weights(tmp_path):
     split, config = make_split(), make_config(tmp_path, lr=1e200, warmup_steps=1, checkpoint_every=1)
-    with pytest.raises(UserError, match=r"loss: got (nan|inf) at step 2 \(contexts [\d, .]+\), needs a finite number"):
+    with pytest.raises(UserError, match=r"loss: got (nan|inf) at step 2 in contexts [\d, .]+, needs a finite number"):
         run(config, split)
     assert AdaptiveKSAE.from_pretrained(config.output / "adaptivek").W_enc.isfinite().all()
 

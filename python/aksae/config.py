@@ -147,6 +147,10 @@ class TrainConfig:
     """beta, weight of the auxiliary loss on dead latents."""
     probe_coef: float = 0.9
     """gamma, weight of the probe terms in phase 3."""
+    phase3_penalty: Literal["published", "fitted"] = "published"
+    """What |w|^2 weighs against the probe's mean squared error in phase 3. `published`: lambda / 2, as in the authors'
+    code, although lambda was chosen against the sum over n contexts: n / 2 times heavier than in the fit, it can pull
+    the probe, and with it k, to a constant. `fitted`: lambda / n, the weight it had in the fit."""
     dead_after: int = 10_000
     """A latent is dead once it has not fired for this many rows."""
     max_grad_norm: float = 1.0

@@ -137,8 +137,8 @@ class BatchReader:
         # A sum is finite only if all its terms are, and costs a third of looking at each.
         broken = torch.cat([of[~values.sum(-1).isfinite()] for values, of in ((x, context), (last, contexts))])
         if len(broken):
-            raise UserError(f"activations: got NaN or infinity at {where} in {_listed(broken)}, needs numbers")
-        return Batch(self._put(x), self._put(last), contexts, self._put(place))
+            raise UserError(f"activations: got NaN or infinity at {where} in {listed(broken)}, needs numbers")
+        return Batch(self.put(x), self.put(last), contexts, self.put(place))
 
     def shuffled(self, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Rows of one full batch after the other, without end: each epoch in a new order, joined without a gap."""
@@ -159,11 +159,14 @@ class BatchReader:
         """k of each row, `[B]` int32, by the SAE's probe as it is now."""
         return sae.k_for(batch.x) if self.k_per == "token" else sae.k_for(batch.last)[batch.place]
 
-    def _put(self, tensor: Tensor) -> Tensor:
+    def put(self, tensor: Tensor) -> Tensor:
+        """`tensor` on the reader's device; from pinned memory, so that the host does not wait for the copy."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
 
-def _listed(contexts: Tensor) -> str:
+def listed(contexts: Tensor) -> str:
     """`context 3`, `contexts 3, 5`, at most five of them."""
     numbers = contexts.unique().tolist()
     shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")

@@ -92,7 +92,8 @@ def load_contexts(config: TextConfig, tokenizer) -> tuple[ContextSet, ContextSet
     and attention does cross boundaries. A context with fewer than 16 loss tokens is dropped.
 
     Special tokens that the tokenizer adds by itself (a BOS, or `[CLS]` and `[SEP]`) surround every context and count
-    towards its length; these, and any special token inside a text, are False in `loss_mask`. The same settings, source
+    towards its length; a tokenizer that adds none before the text but has a BOS gets it added. These, and any special
+    token inside a text, are False in `loss_mask`. The same settings, source
     and tokenizer give the same contexts.
 
     Raises `UserError` where `documents` does, for a setting out of range, and if either side stays empty.
@@ -161,6 +162,10 @@ class _Cutter:
     def __init__(self, tokenizer, config: TextConfig):
         self.tokenizer, self.length, self.packed = tokenizer, config.context_length, config.packed
         self.prefix, self.suffix = _own_special_tokens(tokenizer)
+        if not self.prefix and tokenizer.bos_token_id is not None:
+            # Decoders park attention on a context's first token, whose activation is then a hundred times longer than
+            # all others and would be most of the variance: let that token be one outside the loss.
+            self.prefix = [tokenizer.bos_token_id]
         self.body = self.length - len(self.prefix) - len(self.suffix)
         self.needed = self.body if self.packed else MIN_LOSS_TOKENS
         self.end = tokenizer.eos_token_id

@@ -18,7 +18,7 @@ from aksae_kernels.optim import SAEAdam
 
 from .activations import resolve_device
 from .config import SAEConfig, TrainConfig, cache_folder, to_dict, validate
-from .data import Batch, BatchReader, Split, load_data
+from .data import Batch, BatchReader, Split, listed, load_data
 from .errors import UserError
 from .evaluate import ADAPTIVE, BASELINE, evaluate, mean_l0
 from .formats import finite, write_json
@@ -128,7 +128,6 @@ def train_sae(sae: AdaptiveKSAE, split: Split, config: TrainConfig, *, name: str
     sae.to(device)
     reader = BatchReader(split.store, k_per=config.k_per, train_on=config.train_on, device=device)
     batches = reader.shuffled(config.batch_size, config.seed)
-    labels = split.labels.to(device)
     dead = DeadLatents(sae.config.d_sae, config.dead_after, device)
 
     optimizer = SAEAdam(
@@ -138,7 +137,7 @@ def train_sae(sae: AdaptiveKSAE, split: Split, config: TrainConfig, *, name: str
     )
     decay_from = int(config.decay_start * config.steps)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(step, config.warmup_steps, decay_from, config.steps))
-    tuner = ProbeTuner(sae, config) if sae.probe is not None else None
+    tuner = ProbeTuner(sae, config, len(split.labels)) if sae.probe is not None else None
     phase3_from = int(config.phase3_start * config.steps)
 
     with tqdm(total=config.steps * config.batch_size, unit="tok", unit_scale=True, desc=name) as bar:
@@ -162,7 +161,7 @@ def train_sae(sae: AdaptiveKSAE, split: Split, config: TrainConfig, *, name: str
             optimizer.zero_grad()
             lr = schedule.get_last_lr()[0]
             schedule.step()
-            terms = tuner.step(batch.last, labels[batch.contexts.to(device)]) if phase == 3 else {}
+            terms = tuner.step(batch.last, reader.put(split.labels[batch.contexts])) if phase == 3 else {}
 
             bar.update(config.batch_size)
             if logged:
@@ -189,9 +188,11 @@ class ProbeTuner:
     No gradient of the SAE loss reaches the probe, since k is rounded, so its step stands apart from the SAE's.
     """
 
-    def __init__(self, sae: AdaptiveKSAE, config: TrainConfig):
+    def __init__(self, sae: AdaptiveKSAE, config: TrainConfig, n_contexts: int):
         self.probe, self.config = sae.probe, config
-        self.penalty = sae.config.probe_lambda or 0.0
+        penalty = sae.config.probe_lambda or 0.0
+        # `probe_loss` halves it.
+        self.penalty = penalty if config.phase3_penalty == "published" else 2 * penalty / n_contexts
         self.fitted = [sae.probe.weight.detach().clone(), sae.probe.bias.detach().clone()]
         self.delta = DeviationWeight(sae.probe.weight.device)
         self.optimizer = torch.optim.Adam(sae.probe.parameters(), lr=config.lr)
@@ -252,9 +253,8 @@ def _terms(loss: SAELoss, x: Tensor, k: Tensor, dead: DeadLatents) -> dict[str, 
 @torch.no_grad()
 def _diverged(sae: AdaptiveKSAE, batch: Batch, k: Tensor, loss: SAELoss, step: int) -> str:
     x_hat = sae.decode(sae.encode(batch.x, k, k_max=sae.k_bound))
-    broken = batch.place[~x_hat.isfinite().all(-1)].unique().cpu()
-    contexts = batch.contexts[broken].tolist()
-    where = f" (contexts {', '.join(map(str, contexts[:5]))})" if contexts else ""
+    broken = batch.place[~x_hat.isfinite().all(-1)].cpu()
+    where = f" in {listed(batch.contexts[broken])}" if len(broken) else ""
     return (
         f"loss: got {float(loss.total)} at step {step}{where}, needs a finite number; "
         "the activations are finite, a lower lr may help"
