@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 AUTO = "auto"
@@ -57,8 +58,13 @@ class use_backend:
 
 
 def requested() -> str:
-    """The backend asked for by `use_backend`; empty where it was not asked for any."""
-    return _requested
+    """The backend asked for: by `use_backend`, else by AKSAE_BACKEND, else `"auto"`.
+
+    Empty while tracing where `use_backend` asked for none: a graph must not keep what the environment said then.
+    """
+    if _requested or torch.compiler.is_compiling():
+        return _requested
+    return os.environ.get("AKSAE_BACKEND") or AUTO
 
 
 def available_backends() -> tuple[str, ...]:
@@ -69,7 +75,7 @@ def available_backends() -> tuple[str, ...]:
 def choose(op: str, name: str, tensor: Tensor) -> tuple[str, dict[str, str]]:
     """The backend that runs `op` on data like `tensor`, and the sentence of every candidate that refused before it.
 
-    `name` is what the caller asked for: a backend, `"auto"`, or empty for what the environment says. Raises
+    `name` is what the caller asked for: a backend, `"auto"`, or empty for what the environment says now. Raises
     RuntimeError where a backend asked for by name refuses, ValueError where AKSAE_BACKEND names none.
     """
     name = name or os.environ.get("AKSAE_BACKEND") or AUTO
@@ -102,7 +108,7 @@ def explain_choice(op: str, tensor: Tensor) -> str:
     """The text of `explain`: a line for the choice, then one for each backend."""
     lines = []
     try:
-        chosen, _ = choose(op, _requested, tensor)
+        chosen, _ = choose(op, requested(), tensor)
         lines.append(f"{op} on {tensor.device.type}, {str(tensor.dtype).removeprefix('torch.')}: runs on {chosen!r}")
     except RuntimeError as refusal:
         lines.append(str(refusal))

@@ -35,15 +35,20 @@ _CODES = "Tensor values, Tensor indices, Tensor counts"
 _SELECTED = "(Tensor values, Tensor indices, Tensor counts)"
 
 
-def _define(name: str, arguments: str, returns: str) -> None:
+def _define(name: str, arguments: str, returns: str, kernel: str | None = None) -> None:
+    """An op that runs the backend function `kernel` (None: the one of its own name)."""
     _library.define(f"{name}({arguments}, str backend) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args):
         *args, backend = args
-        return tuple_or_tensor(dispatch.kernel(name, backend, args[0])(*args))
-
-    # Schemas that return several tensors want a plain tuple.
-    def tuple_or_tensor(result):
+        function = dispatch.kernel(kernel or name, backend, args[0])
+        if not _autocasting(args[0].device):
+            result = function(*args)
+        else:
+            # What is to be cast has been: inside a backend, products keep the precision they are written in.
+            with torch.autocast(args[0].device.type, enabled=False):
+                result = function(*args)
+        # SparseCodes to the plain tuple that the schema wants.
         return tuple(result) if isinstance(result, tuple) else result
 
     _library.impl(name, run, "CompositeExplicitAutograd")
@@ -59,6 +64,8 @@ _define(
     f"{_CODES}, Tensor W_dec, Tensor? b_dec, Tensor target, bool residual, bool value_grad",
     "(Tensor loss, Tensor residual, Tensor value_grad)",
 )
+# The same product as the gradient of an encode's input: without a derivative of its own.
+_define("sparse_input_grad", f"{_CODES}, Tensor W_enc, Tensor? b", "Tensor", kernel="sparse_decode")
 _define("sparse_value_grad", "Tensor grad, Tensor indices, Tensor counts, Tensor W", "Tensor")
 _define("sparse_weight_grad", f"{_CODES}, Tensor dense, SymInt d_sae, bool sums", "(Tensor grad, Tensor sums)")
 _define("scatter_codes", f"{_CODES}, SymInt d_sae", "Tensor")
@@ -105,6 +112,7 @@ def _(pre_acts, threshold, k_max, backend):
     return _fake_selected(pre_acts, k_max)
 
 
+@_fake("sparse_input_grad")
 @_fake("sparse_decode")
 def _(values, indices, counts, W_dec, b_dec, backend):
     return values.new_empty(values.shape[0], W_dec.shape[1])
@@ -175,7 +183,7 @@ def _encode_backward(ctx, grad_values, *_):
     indices, counts, x, W_enc = ctx.saved_tensors
     wants_x, wants_W, wants_b = ctx.needs_input_grad[:3]
     codes = (grad_values, indices, counts)
-    grad_x = torch.ops.aksae.sparse_decode(*codes, W_enc, None, ctx.backend) if wants_x else None
+    grad_x = torch.ops.aksae.sparse_input_grad(*codes, W_enc, None, ctx.backend) if wants_x else None
     grad_W = grad_b = None
     if wants_W or wants_b:
         # Without W_enc's gradient the sums alone are wanted: a product of width 0.
@@ -249,7 +257,7 @@ def _raise_double_backward(*_):
     raise RuntimeError("aksae ops have no second derivative: their backward cannot be differentiated")
 
 
-for _name in ("sparse_value_grad", "sparse_weight_grad", "scatter_codes"):
+for _name in ("sparse_input_grad", "sparse_value_grad", "sparse_weight_grad", "scatter_codes"):
     _gradient(_name, lambda ctx, inputs, output: None, _raise_double_backward)
 
 # ------------------------------------------------------------------------------------- public functions

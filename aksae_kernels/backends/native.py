@@ -192,4 +192,4 @@ def _limit(pre_acts: Tensor, threshold: Tensor) -> Tensor:
     limit = threshold.to(acc_dtype(pre_acts.dtype))
     rounded_up = limit.double() > threshold.double()
     limit = torch.where(rounded_up, torch.nextafter(limit, limit.new_full((), -torch.inf)), limit)
-    return limit.nan_to_num(nan=torch.inf).clamp(min=0).expand(pre_acts.shape[1]).contiguous()
+    return limit.nan_to_num(nan=torch.inf, posinf=torch.inf).clamp(min=0).expand(pre_acts.shape[1]).contiguous()

@@ -1,6 +1,6 @@
 // Products with codes. Included by cpu/isa.h inside namespace aksae::AKSAE_ISA.
 //
-// Rows of W are gathered in slices of kSlice columns whose sum stays in registers; the next rows are prefetched.
+// Rows of W are gathered in slices of kSlice columns whose sums stay in registers; the next rows are prefetched.
 
 // Vectors of one slice: 256 fp32 columns with AVX-512.
 #if AKSAE_ISA_LEVEL == 512
@@ -18,37 +18,44 @@ AKSAE_INLINE void prefetch(const T* p, int64_t n) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
 }
 
-// One slice of sum_j weight(j) * piece(j), j < n, into out (accumulation type), starting from out where `add`.
-// piece(j) points to `cols` <= kSlice elements. One chain per column, in the order of j.
+// Terms that are added up in a row before the sum joins the others: two levels lose half as much as one long chain.
+constexpr int64_t kRun = 16;
+
+// One slice of sum_j weight(j) * piece(j), j < n, into out (accumulation type). piece(j) points to `cols` <= kSlice
+// elements. Every column is summed in runs of kRun terms, in the order of j.
 template <class T, class Weight, class Piece>
 AKSAE_INLINE void sum_pieces(int64_t n, int64_t cols, const Weight& weight, const Piece& piece, Acc<T>* out) {
   using A = Acc<T>;
-  if (cols == kSlice<A>) {
-    Vector<A> acc[kSliceVectors];
+  std::fill_n(out, cols, A(0));
+  for (int64_t first = 0; first < n; first += kRun) {
+    const int64_t last = std::min(n, first + kRun);
+    if (cols == kSlice<A>) {
+      Vector<A> acc[kSliceVectors];
 #pragma GCC unroll 16
-    for (int v = 0; v < kSliceVectors; ++v) acc[v] = Vector<A>{};
-    for (int64_t j = 0; j < n; ++j) {
-      if (j + kPrefetchDistance < n) prefetch(piece(j + kPrefetchDistance), kSlice<A>);
-      const Vector<A> w = splat(weight(j));
-      const T* p = piece(j);
+      for (int v = 0; v < kSliceVectors; ++v) acc[v] = Vector<A>{};
+      for (int64_t j = first; j < last; ++j) {
+        if (j + kPrefetchDistance < n) prefetch(piece(j + kPrefetchDistance), kSlice<A>);
+        const Vector<A> w = splat(weight(j));
+        const T* p = piece(j);
 #pragma GCC unroll 16
-      for (int v = 0; v < kSliceVectors; ++v) acc[v] += w * load(p + v * kLanes<A>);
+        for (int v = 0; v < kSliceVectors; ++v) acc[v] += w * load(p + v * kLanes<A>);
+      }
+#pragma GCC unroll 16
+      for (int v = 0; v < kSliceVectors; ++v) store(out + v * kLanes<A>, load(out + v * kLanes<A>) + acc[v]);
+      continue;
     }
-#pragma GCC unroll 16
-    for (int v = 0; v < kSliceVectors; ++v) store(out + v * kLanes<A>, acc[v]);
-    return;
-  }
-  // The last columns: vector by vector, then one by one.
-  int64_t d = 0;
-  for (; d + kLanes<A> <= cols; d += kLanes<A>) {
-    Vector<A> acc{};
-    for (int64_t j = 0; j < n; ++j) acc += splat(weight(j)) * load(piece(j) + d);
-    store(out + d, acc);
-  }
-  for (; d < cols; ++d) {
-    A acc = 0;
-    for (int64_t j = 0; j < n; ++j) acc = std::fma(weight(j), widen(piece(j)[d]), acc);
-    out[d] = acc;
+    // The last columns: vector by vector, then one by one.
+    int64_t d = 0;
+    for (; d + kLanes<A> <= cols; d += kLanes<A>) {
+      Vector<A> acc{};
+      for (int64_t j = first; j < last; ++j) acc += splat(weight(j)) * load(piece(j) + d);
+      store(out + d, load(out + d) + acc);
+    }
+    for (; d < cols; ++d) {
+      A acc = 0;
+      for (int64_t j = first; j < last; ++j) acc = std::fma(weight(j), widen(piece(j)[d]), acc);
+      out[d] += acc;
+    }
   }
 }
 
