@@ -57,6 +57,7 @@ def samples(case) -> dict[str, list[tuple]]:
             (pre_acts, b.detach(), 20),
         ],
         "sparse_decode": [(values, indices, counts, W, b_dec), (values, indices, counts, W, None)],
+        "sparse_input_grad": [(values.detach(), indices, counts, W.detach(), None)],
         "decode_mse": [
             (values, indices, counts, W, b_dec, target, True, True),
             (values, indices, counts, W, None, target, True, True),

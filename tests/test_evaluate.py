@@ -187,7 +187,7 @@ def test_only_the_trained_rows_are_measured(config):
 
 
 def test_mean_l0(evaluation):
-    reader = BatchReader(Store(), k_per="context", train_on="all")
+    reader = BatchReader(Store(), probe_reads="last", train_on="all")
     assert mean_l0(make_sae(), reader, 32) == pytest.approx(evaluation["models"]["adaptivek"]["l0_mean"])
 
 

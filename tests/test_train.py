@@ -91,7 +91,7 @@ def by_the_equations(sae, split, config):
     sae_adam = torch.optim.Adam([W_enc, b_enc, W_dec, b_dec], lr=config.lr)
     probe_adam = torch.optim.Adam([w, b], lr=config.lr)
     silent, history, delta = torch.zeros(F), [], 0.2
-    batches = BatchReader(split.store, k_per="context", train_on="all").shuffled(config.batch_size, config.seed)
+    batches = BatchReader(split.store, probe_reads="last", train_on="all").shuffled(config.batch_size, config.seed)
     phase3_from, decay_from = int(config.phase3_start * config.steps), int(config.decay_start * config.steps)
     totals = []
     for step in range(config.steps):
@@ -196,23 +196,23 @@ def test_a_fixed_k_trains_in_the_same_loop(tmp_path):
     assert AdaptiveKSAE.from_pretrained(tmp_path / "run" / "adaptivek").config.k == 3
 
 
-def test_k_per_token_and_last_rows(tmp_path):
+def test_k_of_tokens_and_last_rows(tmp_path):
     split = make_split()
-    per_token = BatchReader(split.store, k_per="token", train_on="all")
+    per_token = BatchReader(split.store, probe_reads="token", train_on="all")
     sae = make_sae(make_config(tmp_path), split)
     rows = torch.tensor([5, 0, 17, 5])
     batch = per_token.read(rows, "here")
     assert torch.equal(per_token.k(sae, batch), sae.k_for(split.store.x[rows]))
-    per_context = BatchReader(split.store, k_per="context", train_on="last")
+    per_context = BatchReader(split.store, probe_reads="last", train_on="last")
     last = split.store.last_rows()
     assert torch.equal(per_context.rows, last)
     expected = sae.k_for(split.store.x[last])[split.store.context[rows]]
     assert torch.equal(per_context.k(sae, per_context.read(rows, "here")), expected)
-    run(make_config(tmp_path, k_per="token", train_on="last", steps=3), split)
+    run(make_config(tmp_path, probe_reads="token", train_on="last", steps=3), split)
 
 
 def test_batches_cover_every_epoch():
-    reader = BatchReader(make_split().store, k_per="context", train_on="all")
+    reader = BatchReader(make_split().store, probe_reads="last", train_on="all")
     batches, n = reader.shuffled(16, seed=0), len(reader.rows)
     drawn = torch.cat([next(batches) for _ in range(3 * n // 16 + 1)])
     epochs = [drawn[i * n : (i + 1) * n] for i in range(3)]
@@ -240,7 +240,7 @@ def test_bfloat16(tmp_path):
 def test_nan_activations_stop_the_run(tmp_path, bad):
     split, config = make_split(), make_config(tmp_path)
     sae = make_sae(config, split)
-    first = next(BatchReader(split.store, k_per="context", train_on="all").shuffled(config.batch_size, config.seed))
+    first = next(BatchReader(split.store, probe_reads="last", train_on="all").shuffled(config.batch_size, config.seed))
     unseen = ~torch.isin(split.store.context, split.store.context[first])
     split.store.x[unseen, 3] = bad
     with pytest.raises(UserError, match=r"activations: got NaN or infinity at step 1 in context.* needs") as error:
@@ -343,7 +343,7 @@ def test_config_survives_json(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k_per": "word"}, "config.k_per: got 'word', needs one of context, token"),
+        ({"probe_reads": "word"}, "config.probe_reads: got 'word', needs one of last, mean, token"),
         ({"steps": True}, "config.steps: got True, needs int"),
         ({"lr": "fast"}, "config.lr: got 'fast', needs float"),
         ({"model": 3}, "config.model: got int, needs an object"),

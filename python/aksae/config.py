@@ -82,6 +82,9 @@ class LabelConfig:
     """`llm` scorer: tries per context, with exponential back-off, before the context is left out."""
 
 
+ProbeReads = Literal["last", "mean", "token"]
+
+
 @dataclass
 class SAEConfig:
     """Shape and sparsity of one sparse autoencoder."""
@@ -98,6 +101,8 @@ class SAEConfig:
     score_min: float = 0.0
     score_max: float = 10.0
     """The score-to-k map: see `aksae.k_policy.score_to_k`."""
+    probe_reads: ProbeReads = "last"
+    """What the probe was fitted to read: see `TrainConfig.probe_reads`."""
     probe_lambda: float | None = None
     """Ridge penalty the probe was fitted with; None before it is fitted."""
 
@@ -122,13 +127,13 @@ class TrainConfig:
     steepness: float = 6.0
     score_min: float = 0.0
     score_max: float = 10.0
-    k_per: Literal["context", "token"] = "context"
-    """`context`: the probe reads a context's last token, and every token of the context gets that k. `token`: the probe
-    reads each token."""
+    probe_reads: ProbeReads = "last"
+    """`last`: the probe reads a context's last loss token, as in the paper. `mean`: the mean of its loss tokens. Every
+    token of the context then gets that k. `token`: it is fitted on last tokens, and gives each token a k of its own."""
     train_on: Literal["all", "last"] = "all"
     """Train the SAE on all tokens, or on each context's last token only (as the paper does)."""
     baseline: bool = True
-    """Also train a TopK SAE whose k is the AdaptiveK SAE's mean L0 over the training rows, for the comparison table."""
+    """Also train a TopK SAE whose k is the AdaptiveK SAE's mean L0 on the held-out rows, where the table compares."""
 
     steps: int = 600
     """Optimiser steps of the AdaptiveK run (phases 2 and 3 together), and of the baseline."""
@@ -155,8 +160,8 @@ class TrainConfig:
     """A latent is dead once it has not fired for this many rows."""
     max_grad_norm: float = 1.0
     """Gradient-norm clip, separately for SAE and probe."""
-    probe_lambdas: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
-    """Grid of the probe's cross-validation."""
+    probe_lambdas: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+    """Grid of the probe's cross-validation; the paper's ends at 1e3, too early for a few hundred raw activations."""
     probe_folds: int = 5
     log_every: int = 10
     checkpoint_every: int = 200

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .activations import ActivationStore, LanguageModel, collect
 from .complexity import score_contexts
-from .config import LabelConfig, ModelConfig, TextConfig
+from .config import LabelConfig, ModelConfig, ProbeReads, TextConfig
 from .errors import UserError
 from .formats import atomic_file
 from .sae import AdaptiveKSAE
@@ -91,14 +91,29 @@ def load_data(model: ModelConfig, text: TextConfig, labels: LabelConfig, cache: 
     )
 
 
+def context_vectors(store: ActivationStore, probe_reads: ProbeReads) -> Callable[[Tensor], Tensor]:
+    """The function from contexts `[n]` to the vectors `[n, D]` that the probe is fitted on.
+
+    With `mean` that is the mean over the loss tokens of each, all of them held in memory; else the last loss token.
+    """
+    last_rows = store.last_rows()
+    if probe_reads != "mean":
+        return lambda contexts: store.rows(last_rows[contexts])
+    means = torch.zeros(len(last_rows), store.d_in)
+    for rows in torch.arange(len(store)).split(1 << 16):
+        means.index_add_(0, store.context[rows], store.rows(rows))
+    means /= store.context.bincount(minlength=len(last_rows)).unsqueeze(-1)
+    return means.__getitem__
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Rows of a store and the last row of every context they come from."""
+    """Rows of a store, and what the probe reads of the contexts they come from."""
 
     x: Tensor
     """`[B, D]`."""
-    last: Tensor
-    """`[n, D]`, the last loss token of each context in the batch: what the probe reads."""
+    probed: Tensor
+    """`[n, D]`, what the probe reads of each context in the batch: see `context_vectors`."""
     contexts: Tensor
     """`[n]` numbers of those contexts, ascending; on the CPU."""
     place: Tensor
@@ -110,7 +125,7 @@ class BatchReader:
 
     Args:
         store: the activations.
-        k_per: `context` takes each row's k from the last row of its context, `token` from the row itself.
+        probe_reads: `last` and `mean` take each row's k from its context, `token` from the row itself.
         train_on: `all` rows, or the `last` of each context.
         device: where batches are put.
     """
@@ -119,13 +134,13 @@ class BatchReader:
         self,
         store: ActivationStore,
         *,
-        k_per: Literal["context", "token"],
+        probe_reads: ProbeReads,
         train_on: Literal["all", "last"],
         device: torch.device | str = "cpu",
     ):
-        self.store, self.k_per, self.device = store, k_per, torch.device(device)
-        self._last_rows = store.last_rows()
-        self.rows = self._last_rows if train_on == "last" else torch.arange(len(store))
+        self.store, self.probe_reads, self.device = store, probe_reads, torch.device(device)
+        self._context_vectors = context_vectors(store, probe_reads)
+        self.rows = store.last_rows() if train_on == "last" else torch.arange(len(store))
         """The rows that are trained and evaluated on."""
 
     def read(self, rows: Tensor, where: str) -> Batch:
@@ -133,12 +148,12 @@ class BatchReader:
         context = self.store.context[rows]
         # On the host, where the number of contexts costs no synchronisation.
         contexts, place = context.unique(return_inverse=True)
-        x, last = self.store.rows(rows), self.store.rows(self._last_rows[contexts])
+        x, probed = self.store.rows(rows), self._context_vectors(contexts)
         # A sum is finite only if all its terms are, and costs a third of looking at each.
-        broken = torch.cat([of[~values.sum(-1).isfinite()] for values, of in ((x, context), (last, contexts))])
+        broken = torch.cat([of[~values.sum(-1).isfinite()] for values, of in ((x, context), (probed, contexts))])
         if len(broken):
             raise UserError(f"activations: got NaN or infinity at {where} in {listed(broken)}, needs numbers")
-        return Batch(self.put(x), self.put(last), contexts, self.put(place))
+        return Batch(self.put(x), self.put(probed), contexts, self.put(place))
 
     def shuffled(self, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Rows of one full batch after the other, without end: each epoch in a new order, joined without a gap."""
@@ -157,7 +172,7 @@ class BatchReader:
 
     def k(self, sae: AdaptiveKSAE, batch: Batch) -> Tensor:
         """k of each row, `[B]` int32, by the SAE's probe as it is now."""
-        return sae.k_for(batch.x) if self.k_per == "token" else sae.k_for(batch.last)[batch.place]
+        return sae.k_for(batch.x) if self.probe_reads == "token" else sae.k_for(batch.probed)[batch.place]
 
     def put(self, tensor: Tensor) -> Tensor:
         """`tensor` on the reader's device; from pinned memory, so that the host does not wait for the copy."""

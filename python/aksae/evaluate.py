@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .activations import resolve_device
-from .config import TrainConfig, cache_folder, from_dict
-from .data import Batch, BatchReader, Split, load_data
+from .config import ProbeReads, TrainConfig, cache_folder, from_dict
+from .data import Batch, BatchReader, Split, context_vectors, load_data
 from .errors import UserError
 from .formats import read_json, write_json
 from .metrics import ReconstructionMetrics
@@ -54,7 +54,7 @@ def evaluate(
     for name, sae in models.items():
         if sae.config.d_in != heldout.store.d_in:
             raise UserError(f"{name}: got d_in {sae.config.d_in}, needs {heldout.store.d_in}, that of the activations")
-    reader = BatchReader(heldout.store, k_per=config.k_per, train_on=config.train_on, device=device)
+    reader = BatchReader(heldout.store, probe_reads=config.probe_reads, train_on=config.train_on, device=device)
     at_scale = {
         name: {factor: _measure(sae, reader, config.batch_size, factor) for factor in K_FACTORS}
         for name, sae in models.items()
@@ -63,7 +63,7 @@ def evaluate(
         name: {factor: metrics.result() for factor, metrics in curve.items()} for name, curve in at_scale.items()
     }
     adaptive, measured = models[ADAPTIVE], at_scale[ADAPTIVE][1.0]
-    contexts = _contexts(adaptive, heldout, device)
+    contexts = _contexts(adaptive, heldout, config.probe_reads, device)
     latents = _spread_latents(measured.fired.cpu(), len(reader.rows))
     k, rows = measured.k.cpu().unique(return_counts=True)
     return {
@@ -102,10 +102,10 @@ def _encode(sae: AdaptiveKSAE, batch: Batch, k: Tensor, factor: float = 1.0):
     return sae.encode(batch.x, k, k_max=max(1, round(sae.k_bound * factor)))
 
 
-def _contexts(sae: AdaptiveKSAE, heldout: Split, device: torch.device) -> list[dict[str, Any]]:
+def _contexts(sae: AdaptiveKSAE, heldout: Split, probe_reads: ProbeReads, device: torch.device) -> list[dict[str, Any]]:
     """Label, predicted score and k of each held-out context; with a k per token, the k of its last one."""
-    last = heldout.store.rows(heldout.store.last_rows()).to(device)
-    columns = zip(heldout.labels.tolist(), sae.probe(last).tolist(), sae.k_for(last).tolist(), strict=True)
+    x = context_vectors(heldout.store, probe_reads)(torch.arange(len(heldout.labels))).to(device)
+    columns = zip(heldout.labels.tolist(), sae.probe(x).tolist(), sae.k_for(x).tolist(), strict=True)
     return [{"score": label, "predicted": predicted, "k": k} for label, predicted, k in columns]
 
 

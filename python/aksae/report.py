@@ -18,6 +18,11 @@ from .errors import UserError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+PROBE_READS = {
+    "last": "each context's last token",
+    "mean": "the mean of each context's tokens",
+    "token": "each token by itself",
+}
 NAMES = {"adaptivek": "AdaptiveK", "topk": "TopK"}
 # Key in metrics.jsonl, title and caption of each chart over training steps.
 TRAINING = (
@@ -198,7 +203,7 @@ def _facts(config: dict, probe: dict, evaluation: dict) -> Iterator[tuple[str, s
     yield "Dictionary", f"d_sae = {_count(config.get('d_sae'))} latents"
     steepness = _format(config.get("steepness"), "g")
     yield "Score to k", f"{value(config, 'k_min')} to {value(config, 'k_max')}, steepness {steepness}"
-    yield "k chosen", f"once per {value(config, 'k_per')}"
+    yield "The probe reads", PROBE_READS.get(config.get("probe_reads"), "unknown")
     rows = "all tokens" if config.get("train_on") == "all" else f"{value(config, 'train_on')} tokens"
     yield "Training", f"{_count(config.get('steps'))} steps of {_count(config.get('batch_size'))} rows, {rows}"
     yield "Seed", value(config, "seed")
@@ -363,7 +368,7 @@ def _label_and_k(evaluation: dict, config: dict) -> Chart:
             line = "the line is the configured map from score to k, which dots leave as the prediction leaves the label"
         ax.set(xlabel="complexity label", ylabel="k")
         ax.set_ylim(bottom=0)
-        whose = "its last token was given" if config.get("k_per") == "token" else "its predicted score led to"
+        whose = "its last token was given" if config.get("probe_reads") == "token" else "its predicted score led to"
         caption = f"Each dot is a held-out context: its label, and the k {whose}; {line}.{note}"
         return Chart(title, caption, done("label-k", "Complexity label against k, with the map's curve"))
 

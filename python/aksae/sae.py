@@ -79,8 +79,8 @@ class AdaptiveKSAE(nn.Module):
 
         Args:
             x: `[..., D]`, the dtype of the weights.
-            k: an int, an int tensor `[...]`, or None for `k_for(x)`: the probe reads each vector itself. Where training
-                gave a whole context the k of its last token (`TrainConfig.k_per`), pass that k here.
+            k: an int, an int tensor `[...]`, or None for `k_for(x)`: the probe reads each vector itself. Where it was
+                fitted to read a context as a whole (`config.probe_reads`), give each vector `k_for` of its context.
             k_max: width of the codes, needed for a `k` tensor on an accelerator; else the largest k is read off `k`.
 
         Ties go to the smaller index and NaN is selected, as `aksae_kernels.topk_encode` says; gradients reach every

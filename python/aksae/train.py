@@ -18,7 +18,7 @@ from aksae_kernels.optim import SAEAdam
 
 from .activations import resolve_device
 from .config import SAEConfig, TrainConfig, cache_folder, to_dict, validate
-from .data import Batch, BatchReader, Split, listed, load_data
+from .data import Batch, BatchReader, Split, context_vectors, listed, load_data
 from .errors import UserError
 from .evaluate import ADAPTIVE, BASELINE, evaluate, mean_l0
 from .formats import finite, write_json
@@ -74,7 +74,10 @@ def train(config: TrainConfig) -> TrainResult:
     models = {ADAPTIVE: adaptive}
 
     if config.baseline:
-        reader = BatchReader(data.train.store, k_per=config.k_per, train_on=config.train_on, device=device)
+        # Equal L0 where the two are compared.
+        reader = BatchReader(
+            data.heldout.store, probe_reads=config.probe_reads, train_on=config.train_on, device=device
+        )
         k = max(1, round(mean_l0(adaptive, reader, config.batch_size)))
         topk = AdaptiveKSAE(SAEConfig(adaptive.config.d_in, config.d_sae, k=k), generator=_seeded(config))
         train_sae(topk, data.train, config, name=BASELINE, log=log)
@@ -87,9 +90,9 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def fit_probe(split: Split, config: TrainConfig) -> tuple[ComplexityProbe, ProbeReport]:
-    """Phase 1: the probe from each context's last activation to its label."""
+    """Phase 1: the probe from what it reads of each context to the context's label."""
     return ComplexityProbe.fit(
-        split.store.rows(split.store.last_rows()),
+        context_vectors(split.store, config.probe_reads)(torch.arange(len(split.labels))),
         split.labels,
         lambdas=config.probe_lambdas,
         folds=config.probe_folds,
@@ -109,6 +112,7 @@ def adaptive_config(config: TrainConfig, d_in: int, probe_lambda: float) -> SAEC
         steepness=config.steepness,
         score_min=config.score_min,
         score_max=config.score_max,
+        probe_reads=config.probe_reads,
         probe_lambda=probe_lambda,
     )
 
@@ -126,7 +130,7 @@ def train_sae(sae: AdaptiveKSAE, split: Split, config: TrainConfig, *, name: str
 
     device = resolve_device(config.device)
     sae.to(device)
-    reader = BatchReader(split.store, k_per=config.k_per, train_on=config.train_on, device=device)
+    reader = BatchReader(split.store, probe_reads=config.probe_reads, train_on=config.train_on, device=device)
     batches = reader.shuffled(config.batch_size, config.seed)
     dead = DeadLatents(sae.config.d_sae, config.dead_after, device)
 
@@ -161,7 +165,7 @@ def train_sae(sae: AdaptiveKSAE, split: Split, config: TrainConfig, *, name: str
             optimizer.zero_grad()
             lr = schedule.get_last_lr()[0]
             schedule.step()
-            terms = tuner.step(batch.last, reader.put(split.labels[batch.contexts])) if phase == 3 else {}
+            terms = tuner.step(batch.probed, reader.put(split.labels[batch.contexts])) if phase == 3 else {}
 
             bar.update(config.batch_size)
             if logged:
@@ -200,7 +204,7 @@ class ProbeTuner:
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, config.warmup_steps))
 
     def step(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Update the probe by the contexts' last activations `x [n, D]` and `labels [n]`; the loss terms."""
+        """Update the probe by what it reads of contexts, `x [n, D]`, and their `labels [n]`; the loss terms."""
         delta = self.delta.value
         fit, moved = probe_loss(self.probe, x, labels, self.penalty), deviation(self.probe, *self.fitted)
         (self.config.probe_coef * (fit + delta * moved)).backward()
