@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -52,7 +53,9 @@ def write(tmp_path) -> Callable:
     def writer(texts: list[str], **settings) -> TextConfig:
         path = tmp_path / "texts.jsonl"
         path.write_text("".join(json.dumps({"text": item}) + "\n" for item in texts))
-        return TextConfig(**{"source": str(path), "context_length": LENGTH, "heldout_fraction": 0.25, **settings})
+        return TextConfig(
+            **{"source": str(path), "context_length": LENGTH, "heldout_fraction": 0.25, "skip_first": 0, **settings}
+        )
 
     return writer
 
@@ -139,6 +142,15 @@ def test_a_bos_that_the_tokenizer_does_not_add_is_added(write):
         assert_consistent(contexts, tokenizer)
 
 
+def test_the_first_tokens_are_read_but_not_in_the_loss(write, tokenizer):
+    config = write(letters(12))
+    plain, skipping = (load_contexts(dataclasses.replace(config, skip_first=n), tokenizer)[0] for n in (0, 3))
+    assert skipping.texts == plain.texts
+    np.testing.assert_array_equal(skipping.input_ids, plain.input_ids)
+    assert not skipping.loss_mask[:, :3].any()
+    np.testing.assert_array_equal(skipping.loss_mask[:, 3:], plain.loss_mask[:, 3:])
+
+
 def test_special_tokens_inside_a_text_are_no_loss_tokens(write, tokenizer):
     texts = [document[:20] + END + document[20:27] for document in letters(8)]
     train, _ = load_contexts(write(texts), tokenizer)
@@ -202,7 +214,7 @@ def test_a_stream_is_read_no_further_than_needed(monkeypatch, tokenizer):
     read = itertools.count()
     monkeypatch.setattr(text, "documents", lambda config: (f"{next(read):05d} " * 20 for _ in itertools.count()))
     monkeypatch.setattr(text, "_BUFFER_CHARACTERS", 5_000)
-    train, _ = load_contexts(TextConfig(context_length=LENGTH, max_tokens=10_000), tokenizer)
+    train, _ = load_contexts(TextConfig(context_length=LENGTH, max_tokens=10_000, skip_first=0), tokenizer)
     # 10,000 tokens of 120 bytes each, of which the last 24 of a document are kept too, and 41 in the buffer.
     assert next(read) < 150
     assert train.texts[0][:5] != "00000", "the buffer must shuffle"
@@ -333,7 +345,7 @@ def test_settings_out_of_range(write, tokenizer, settings, message):
 
 
 def test_what_the_tokenizer_rules_out(write):
-    with pytest.raises(UserError, match="needs at least 18 with this tokenizer"):
+    with pytest.raises(UserError, match="needs at least 18, since 2 special"):
         load_contexts(write(letters(12), context_length=17), byte_tokenizer("<bos> $A <sep>", bos="<bos>"))
     with pytest.raises(UserError, match=r"text.packed: .*end-of-text"):
         load_contexts(write(letters(12), packed=True), byte_tokenizer(eos=None))
@@ -367,7 +379,7 @@ def test_prose_never_repeats_a_paragraph(corpus):
 
 
 def test_prose_gives_contexts(tokenizer):
-    train, heldout = load_contexts(TextConfig(context_length=LENGTH, max_tokens=20_000), tokenizer)
+    train, heldout = load_contexts(TextConfig(context_length=LENGTH, max_tokens=20_000, skip_first=0), tokenizer)
     assert train.loss_mask.sum() + heldout.loss_mask.sum() == pytest.approx(20_000, abs=2 * LENGTH)
     assert_consistent(train, tokenizer)
 

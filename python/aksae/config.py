@@ -53,6 +53,9 @@ class TextConfig:
     packed: bool = False
     """False: a context never crosses a document boundary (short ones are padded, padding never enters a loss).
     True: documents are joined by the end-of-text token and cut into full contexts."""
+    skip_first: int = 1
+    """Tokens at the start of each context, after special ones, that are read but kept out of the loss: language models
+    park attention there, and such a token's activation can be a hundred times longer than all others."""
     max_tokens: int = 100_000
     """Stop after this many loss tokens, train and held-out together."""
     heldout_fraction: float = 0.1
@@ -233,6 +236,7 @@ def validate_inputs(model: ModelConfig, text: TextConfig, labels: LabelConfig) -
     _at_least("model.layer", model.layer, 0)
     _at_least("model.batch_size", model.batch_size, 1)
     _at_least("text.context_length", text.context_length, 1)
+    _at_least("text.skip_first", text.skip_first, 0)
     _at_least("text.max_tokens", text.max_tokens, 1)
     if not 0 < text.heldout_fraction < 1:
         raise UserError(f"text.heldout_fraction: got {text.heldout_fraction}, needs a number between 0 and 1")

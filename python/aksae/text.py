@@ -93,8 +93,8 @@ def load_contexts(config: TextConfig, tokenizer) -> tuple[ContextSet, ContextSet
 
     Special tokens that the tokenizer adds by itself (a BOS, or `[CLS]` and `[SEP]`) surround every context and count
     towards its length; a tokenizer that adds none before the text but has a BOS gets it added. These, and any special
-    token inside a text, are False in `loss_mask`. The same settings, source
-    and tokenizer give the same contexts.
+    token inside a text, are False in `loss_mask`, as are the first `skip_first` tokens after them. The same settings,
+    source and tokenizer give the same contexts.
 
     Raises `UserError` where `documents` does, for a setting out of range, and if either side stays empty.
     """
@@ -163,9 +163,9 @@ class _Cutter:
         self.tokenizer, self.length, self.packed = tokenizer, config.context_length, config.packed
         self.prefix, self.suffix = _own_special_tokens(tokenizer)
         if not self.prefix and tokenizer.bos_token_id is not None:
-            # Decoders park attention on a context's first token, whose activation is then a hundred times longer than
-            # all others and would be most of the variance: let that token be one outside the loss.
+            # The token that language models park attention on had better be one outside the loss.
             self.prefix = [tokenizer.bos_token_id]
+        self.skip = config.skip_first
         self.body = self.length - len(self.prefix) - len(self.suffix)
         self.needed = self.body if self.packed else MIN_LOSS_TOKENS
         self.end = tokenizer.eos_token_id
@@ -173,10 +173,11 @@ class _Cutter:
         self.special = np.array([*tokenizer.all_special_ids, *(i for i, token in added if token.special)], np.int32)
         pad = tokenizer.pad_token_id
         self.pad = pad if pad is not None else self.end if self.end is not None else 0
-        if self.body < MIN_LOSS_TOKENS:
+        outside = self.length - self.body + self.skip
+        if self.length - outside < MIN_LOSS_TOKENS:
             raise UserError(
-                f"text.context_length: got {self.length}, needs at least {self.length - self.body + MIN_LOSS_TOKENS} "
-                f"with this tokenizer, which adds {self.length - self.body} special tokens to each context"
+                f"text.context_length: got {self.length}, needs at least {outside + MIN_LOSS_TOKENS}, since "
+                f"{self.length - self.body} special tokens and the first {self.skip} others are kept out of the loss"
             )
         if self.packed and self.end is None:
             raise UserError("text.packed: got True, needs a tokenizer with an end-of-text token; this one has none")
@@ -199,7 +200,7 @@ class _Side:
         self.cutter, self.budget = cutter, budget
         self.tokens = 0
         self.full = False
-        self.rows: list[tuple[int, np.ndarray, np.ndarray]] = []  # document, ids, loss mask of the body
+        self.rows: list[tuple[int, np.ndarray, np.ndarray]] = []  # document, ids, which are not special
         self._pending = np.empty((0, 2), np.int32)  # packed: (id, document) not yet cut
 
     def add(self, document: int, ids: Sequence[int]) -> None:
@@ -215,7 +216,7 @@ class _Side:
         for start in range(0, stop, cutter.body):
             piece = stream[start : start + cutter.body]
             loss = ~np.isin(piece[:, 0], cutter.special)
-            count = int(loss.sum())
+            count = int(loss.sum()) - cutter.skip
             if self.full or self.tokens + count > self.budget:
                 self.full = True
                 return
@@ -233,7 +234,7 @@ class _Side:
             whole = [*cutter.prefix, *ids, *cutter.suffix]
             input_ids[row, : len(whole)] = whole
             attention_mask[row, : len(whole)] = True
-            loss_mask[row, len(cutter.prefix) : len(cutter.prefix) + len(ids)] = loss
+            loss_mask[row, len(cutter.prefix) + np.flatnonzero(loss)[cutter.skip :]] = True
             pieces = np.split(ids, np.flatnonzero(np.diff(loss.astype(np.int8))) + 1)
             pieces = pieces[0 if loss[0] else 1 :: 2]  # runs of loss tokens alternate with runs of special ones
             decode = (cutter.tokenizer.decode(piece.tolist(), clean_up_tokenization_spaces=False) for piece in pieces)
