@@ -26,7 +26,7 @@ PROBE_READS = {
 NAMES = {"adaptivek": "AdaptiveK", "topk": "TopK"}
 # Key in metrics.jsonl, title and caption of each chart over training steps.
 TRAINING = (
-    ("loss", "Total loss", "Weighted sum of all terms on the step's batch; from phase 3 on it includes the probe's."),
+    ("loss", "Total loss", "Weighted sum of all terms on the step's batch; the probe trains on a loss of its own."),
     ("fvu", "FVU of the batch", "Squared error of the batch over its variance: training rows, not held-out ones."),
     ("sparsity", "Sparsity term", "Mean L1 norm of the latents over the mean L2 norm of the activations, unweighted."),
     ("aux", "Auxiliary term", "Share of the residual's variance that the dead latents fail to explain, unweighted."),
