@@ -211,6 +211,26 @@ def test_k_of_tokens_and_last_rows(tmp_path):
     run(make_config(tmp_path, probe_reads="token", train_on="last", steps=3), split)
 
 
+def test_the_probe_reads_means_of_contexts(tmp_path):
+    split = make_split(dtype=torch.float32)
+    sae = make_sae(make_config(tmp_path), split).float()
+    store = split.store
+    means = torch.stack([store.x[store.context == context].mean(0) for context in range(len(split.labels))])
+    reader = BatchReader(store, probe_reads="mean", train_on="all")
+    rows = torch.tensor([5, 0, 17, 5])
+    batch = reader.read(rows, "here")
+    torch.testing.assert_close(batch.probed, means[store.context[rows].unique()])
+    assert torch.equal(reader.k(sae, batch), sae.k_for(batch.probed)[batch.place])
+    config = make_config(tmp_path, probe_reads="mean", steps=3)
+    fitted, _ = fit_probe(split, config)
+    expected, _ = fit_probe(
+        Split(None, split.labels, Store(means, torch.arange(len(means)))),
+        dataclasses.replace(config, probe_reads="last"),
+    )
+    torch.testing.assert_close(fitted.weight, expected.weight)
+    run(config, split)
+
+
 def test_batches_cover_every_epoch():
     reader = BatchReader(make_split().store, probe_reads="last", train_on="all")
     batches, n = reader.shuffled(16, seed=0), len(reader.rows)
