@@ -17,7 +17,6 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 REPORT = Path("aksae_kernels") / "_build_report.json"
 
-# The baseline comes before the wider instruction sets: where the linker merges inline functions, the first copy wins.
 CPU_SOURCES = ("bind_cpu", "cpu/dispatch", "cpu/isa_baseline", "cpu/isa_avx2", "cpu/isa_avx512")
 
 
@@ -28,6 +27,7 @@ class BuildKernels(build_ext):
         self.report = {}
         super().run()
         target = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        (target / REPORT).parent.mkdir(parents=True, exist_ok=True)
         (target / REPORT).write_text(json.dumps(self.report, indent=2) + "\n")
 
     def build_extension(self, ext):
@@ -37,6 +37,8 @@ class BuildKernels(build_ext):
             reason, said = None, "built"
         except Exception as error:  # whatever a missing torch, a missing compiler or a compiler may throw
             # The compiler's own words are in the build output; its command line would bury the message.
+            # An older binary must not stand in for the one that failed.
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             reason = f"it could not be built: {textwrap.shorten(str(error), 200)}"
             said = f"left out, the package runs on its PyTorch reference: {reason}"
         self.report[ext.name] = reason
@@ -48,7 +50,8 @@ class BuildKernels(build_ext):
         def compile_side_by_side(sources, *args, **kwargs):
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:
                 objects = pool.map(lambda source: compile_all([source], *args, **kwargs), sources)
-                return [path for paths in objects for path in paths]
+                # Where the linker merges inline functions the first copy wins: let it be one that every machine runs.
+                return sorted((path for paths in objects for path in paths), key=lambda path: "avx" in path)
 
         self.compiler.compile = compile_side_by_side
         super().build_extensions()
@@ -78,6 +81,7 @@ setup(
                 "-g0",
                 "-std=c++20",
                 "-ffp-contract=fast",
+                "-fno-math-errno",
                 "-fvisibility=hidden",
                 "-Wall",
                 "-Wno-psabi",

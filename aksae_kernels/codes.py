@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MAX_LATENTS = 2**31 - 1
+"""Indices are int32."""
+
 
 class SparseCodes(NamedTuple):
     """Active latents of each row.
@@ -52,10 +55,9 @@ class SparseCodes(NamedTuple):
             rows = self.counts.numel()
             row = torch.arange(rows, device=self.counts.device).repeat_interleave(width)[live]
             column = self.indices.flatten()[live].long()
-            coo = torch.sparse_coo_tensor(
-                torch.stack([row, column]), self.values.flatten()[live], (rows, d_sae), check_invariants=False
-            )
-            return coo.coalesce().to_sparse_csr()
+            values = self.values.flatten()[live].to(acc_dtype(self.values.dtype))
+            coo = torch.sparse_coo_tensor(torch.stack([row, column]), values, (rows, d_sae), check_invariants=False)
+            return coo.coalesce().to_sparse_csr().to(self.values.dtype)
 
 
 def live_slots(codes: SparseCodes) -> Tensor:
@@ -70,11 +72,11 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def require_d_sae(d_sae: int) -> None:
-    """Raise TypeError for a `d_sae` that is no int, ValueError for a negative one."""
+    """Raise TypeError for a `d_sae` that is no int, ValueError for a negative one or one past int32."""
     if isinstance(d_sae, bool) or not isinstance(d_sae, (int, torch.SymInt)):
         raise TypeError(f"d_sae must be an int, got {type(d_sae).__name__} {d_sae!r}")
-    if d_sae < 0:
-        raise ValueError(f"d_sae must not be negative, got {d_sae}")
+    if not 0 <= d_sae <= MAX_LATENTS:
+        raise ValueError(f"d_sae must not be negative and at most {MAX_LATENTS}, got {d_sae}")
 
 
 def readable(tensor: Tensor) -> bool:

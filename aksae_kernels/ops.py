@@ -15,6 +15,7 @@ Rules common to all of them:
   (`topk_encode`, `sparse_decode`, `decode_mse`, `sparse_value_grad`, `sparse_weight_grad`) cast to the autocast dtype
   first, as `torch.nn.functional.linear` does; the selections keep the dtype they are given.
 * Results repeat bit by bit on one machine, and no selection depends on the number of threads.
+* Gradients are first-order and reverse-mode: a double backward raises, and forward-mode AD is not supported.
 * No call synchronises an accelerator with the host, and every shape follows from the arguments' shapes.
 """
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .codes import SparseCodes, acc_dtype, live_slots, readable, require_d_sae
+from .codes import MAX_LATENTS, SparseCodes, acc_dtype, live_slots, readable, require_d_sae
 
 _library = torch.library.Library("aksae", "DEF")
 
@@ -502,7 +503,7 @@ def adam_step(
     if grad_scale is None:
         grad_scale = torch.ones((), dtype=exp_avg.dtype, device=param.device)
     # Kernels see a contiguous matrix; without the constraint the shape is of no account.
-    shape = param.shape if param.ndim == 2 else (1, param.numel())
+    shape = (math.prod(param.shape[:-1]), param.shape[-1] if param.ndim else 1)
     state = (param, exp_avg, exp_avg_sq)
     rows = [tensor.contiguous().view(shape) for tensor in state]
     torch.ops.aksae.adam_step_(
@@ -534,7 +535,9 @@ def explain(op: str, *args, **kwargs) -> str:
     for argument in (*args, *kwargs.values()):
         tensor = argument.values if isinstance(argument, SparseCodes) else argument
         if isinstance(tensor, Tensor):
-            return dispatch.explain_choice(name, tensor)
+            # Without its data, and of the dtype that autocast gives to the products.
+            like = tensor.new_empty(0)
+            return dispatch.explain_choice(name, like if name.endswith("_select") else _autocast(like)[0])
     raise ValueError(f"explain needs the arguments of {name}, with at least one tensor among them")
 
 
@@ -644,8 +647,8 @@ def _flat_codes(codes: SparseCodes, values: Tensor) -> tuple[tuple[int, ...], tu
     """Leading shape and flattened tensors of codes, `values` standing in for `codes.values`."""
     _, indices, counts = codes
     lead, width = _lead("codes.values", values)
-    _require_shape("codes.indices", indices, (*lead, width), "that of codes.values")
-    _require_shape("codes.counts", counts, lead, "that of codes.values without its last dimension")
+    _require_shape("codes.indices", indices, (*lead, width), "the shape of codes.values")
+    _require_shape("codes.counts", counts, lead, "the shape of codes.values without its last dimension")
     for name, tensor in (("codes.indices", indices), ("codes.counts", counts)):
         if tensor.dtype != torch.int32:
             raise TypeError(f"{name} must be int32, got {tensor.dtype}")
@@ -655,6 +658,8 @@ def _flat_codes(codes: SparseCodes, values: Tensor) -> tuple[tuple[int, ...], tu
 
 
 def _width(k_max: int | None, n_latents: int) -> int:
+    if n_latents > MAX_LATENTS:
+        raise ValueError(f"F must be at most {MAX_LATENTS}, since indices are int32; got {n_latents} latents")
     if k_max is None:
         return n_latents
     k_max = _int("k_max", k_max)

@@ -36,6 +36,8 @@ class SAEAdam(torch.optim.Optimizer):
     `unit_norm_rows` parameter that is not a matrix, and for sparse gradients.
     """
 
+    last_grad_norm: Tensor | None = None
+
     def __init__(
         self,
         params: Iterable,
@@ -47,9 +49,8 @@ class SAEAdam(torch.optim.Optimizer):
     ):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
-        self.max_grad_norm = max_grad_norm
-        self.last_grad_norm: Tensor | None = None
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "unit_norm_rows": False})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "unit_norm_rows": False, "max_grad_norm": max_grad_norm}
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
@@ -72,12 +73,12 @@ class SAEAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         scale = None
-        if self.max_grad_norm is not None:
+        # Of all groups together, so not a group's own; torch copies and pickles an optimizer by its defaults.
+        max_grad_norm = self.defaults["max_grad_norm"]
+        if max_grad_norm is not None:
             self.last_grad_norm = self._grad_norm()
             # Not clamped away when NaN.
-            scale = torch.where(
-                self.last_grad_norm <= self.max_grad_norm, 1.0, self.max_grad_norm / self.last_grad_norm
-            )
+            scale = torch.where(self.last_grad_norm <= max_grad_norm, 1.0, max_grad_norm / self.last_grad_norm)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:

@@ -38,8 +38,7 @@ def topk_select(pre_acts: Tensor, k: Tensor, k_max: int) -> SparseCodes:
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, k_max: int) -> SparseCodes:
     acc = acc_dtype(x.dtype)
-    # A reduced fp32 matmul precision (TF32, or bf16 on CPU) would not rank like fp32.
-    product = torch.float64 if torch.get_float32_matmul_precision() != "highest" else acc
+    product = acc if _full_precision() else torch.float64
     scores = (x.to(product) @ W_enc.to(product).T).to(acc)
     if b_enc is not None:
         scores = scores + b_enc.to(acc)
@@ -101,15 +100,15 @@ def sparse_value_grad(grad: Tensor, indices: Tensor, counts: Tensor, W: Tensor) 
 def sparse_weight_grad(
     values: Tensor, indices: Tensor, counts: Tensor, dense: Tensor, d_sae: int, sums: bool
 ) -> tuple[Tensor, Tensor]:
-    acc = acc_dtype(values.dtype)
     check_codes(indices, counts, d_sae)
     live = live_slots(SparseCodes(values, indices, counts))
-    weight = torch.where(live, values, 0).to(acc)
+    # index_put_ adds one after the other: in fp32 a latent with thousands of hits would lose more than a dense product.
+    weight = torch.where(live, values, 0).double()
     latent = torch.where(live, indices, 0).long()
     grad = weight.new_zeros(d_sae, dense.shape[1])
     total = weight.new_zeros(d_sae if sums else 0)
     for rows in _row_chunks(indices, dense.shape[1]) if d_sae else ():
-        outer = weight[rows].unsqueeze(-1) * dense[rows].to(acc).unsqueeze(1)
+        outer = weight[rows].unsqueeze(-1) * dense[rows].double().unsqueeze(1)
         outer = torch.where(live[rows].unsqueeze(-1), outer, 0)
         # index_put_ sums in a fixed order on every device (index_add_ uses atomics on accelerators).
         grad.index_put_((latent[rows],), outer, accumulate=True)
@@ -148,6 +147,14 @@ def adam_step_(
         norm = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
         weight = weight / torch.where(norm > 0, norm, 1)
     param.copy_(weight)
+
+
+def _full_precision() -> bool:
+    """Whether fp32 products are fp32: with TF32, or bf16 on CPU, they would not rank like fp32."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set through torch's newer, finer switches, which this call refuses to sum up
+        return False
 
 
 def _selectable(scores: Tensor) -> Tensor:

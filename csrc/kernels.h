@@ -60,6 +60,7 @@ struct CpuKernels {
   void (*sparse_value_grad)(ParallelFor, DType, Codes pattern, Matrix grad, Matrix W, void* out);
   // grad [d_sae, D]; sums [d_sae] may be null.
   void (*sparse_weight_grad)(ParallelFor, DType, Codes, Matrix dense, int64_t d_sae, void* grad, void* sums);
+  // The indices of a row must be distinct, as those of selections are: repeats would be rounded at every addition.
   void (*scatter_codes)(ParallelFor, DType, Codes, int64_t d_sae, void* dense);
 
   // param and grad [rows, cols] contiguous in the dtype, the moments in the accumulation type.

@@ -10,6 +10,7 @@ import re
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from aksae import AdaptiveKSAE, cli
 
@@ -109,7 +110,7 @@ def fails(capsys, message, *words, status=2, **options) -> str:
 
 def test_a_run_leaves_everything(finished):
     assert sorted(os.listdir(finished)) == [
-        "adaptivek", "config.json", "eval.json", "metrics.jsonl", "probe.json", "report.html", "topk"
+        "adaptivek", "config.json", "data.json", "eval.json", "metrics.jsonl", "probe.json", "report.html", "topk"
     ]  # fmt: skip
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [(r["model"], r["step"]) for r in records] == [
@@ -154,6 +155,16 @@ def test_eval_and_report_of_a_run(finished, tmp_path, capsys):
     assert (folder / "report.html").stat().st_size > 1000
 
 
+def test_eval_refuses_other_heldout_contexts(settings, text, tmp_path, capsys):
+    source, folder = tmp_path / "documents.txt", tmp_path / "run"
+    shutil.copy(text, source)
+    assert call("train", **{**settings, "steps": 2, "text.source": source}, output=folder) == 0
+    source.write_text("\n\f\n".join(source.read_text().split("\n\f\n")[:-9]))
+    before = (folder / "eval.json").read_text()
+    fails(capsys, "got held-out contexts other than the run's, needs the same", "eval", folder)
+    assert (folder / "eval.json").read_text() == before
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_labels_go_to_a_file_and_come_back(inputs, settings, tmp_path, capsys, suffix):
     labels = tmp_path / f"labels{suffix}"
@@ -193,6 +204,10 @@ def test_labels_go_to_a_file_and_come_back(inputs, settings, tmp_path, capsys, s
         ({"k-min": 13}, "k_min: got 13, needs at most k_max = 12"),
         ({"k-max": 65}, "k_max: got 65, needs at most d_sae = 64"),
         ({"device": "abacus"}, "device: got 'abacus'"),
+        ({"score-max": 1}, r"score_max: got 1.0, needs at least [\d.]+, the highest label"),
+        ({"output": "empty.txt/run"}, "output: got empty.txt/run, needs a folder"),
+        ({"cache": "empty.txt/cache"}, "cache: got empty.txt/cache .*, needs a folder that can be written"),
+        ({"text.source": "~nobody-of-this-name/x.txt"}, "text.source: got ~nobody-of-this-name/x.txt, needs a path"),
     ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
@@ -219,16 +234,24 @@ def test_a_folder_with_a_run_is_not_overwritten_unasked(finished, settings, tmp_
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize("kind", ["truncated", "shape"])
+@pytest.mark.parametrize("kind", ["truncated", "shape", "dtype", "another model"])
 def test_a_broken_checkpoint_is_named(finished, tmp_path, capsys, kind):
     folder = shutil.copytree(finished, tmp_path / "run")
     weights, config = folder / "topk" / "sae.safetensors", folder / "topk" / "config.json"
     if kind == "truncated":
         os.truncate(weights, 3000)
         message = r"tensor [\w.]+: got a file of 3000 bytes, needs \d+"
-    else:
+    elif kind == "shape":
         config.write_text(config.read_text().replace('"d_sae": 64', '"d_sae": 65'))
         message = r"tensor \w+: got shape \[64.*, needs \[65"
+    elif kind == "dtype":
+        tensors = safetensors.torch.load_file(weights)
+        safetensors.torch.save_file({**tensors, "b_enc": tensors["b_enc"].int()}, weights)
+        message = "tensor b_enc: got torch.int32, needs the one floating dtype"
+    else:
+        shutil.rmtree(folder / "adaptivek")
+        shutil.copytree(folder / "topk", folder / "adaptivek")
+        message = "adaptivek: got the checkpoint of another run"
     fails(capsys, message, "eval", folder)
     assert (folder / "eval.json").read_text() == (finished / "eval.json").read_text()
 

@@ -125,3 +125,10 @@ def test_a_named_tuple_of_three():
     values, indices, counts = codes
     assert SparseCodes(values, indices, counts) == codes
     assert torch.utils._pytree.tree_map(lambda t: t, codes)._fields == codes._fields
+
+
+def test_repeats_in_16_bits_are_rounded_once():
+    values = torch.ones(1, 300, dtype=torch.bfloat16)
+    codes = SparseCodes(values, torch.zeros(1, 300, dtype=torch.int32), torch.tensor([300], dtype=torch.int32))
+    assert codes.to_csr(1).values().item() == 300
+    assert codes.to_dense(1).item() == 300

@@ -211,6 +211,20 @@ def test_gradients_lose_no_more_than_torch(case, by_hand):
             assert error_ratio(a, e, t) <= 2, f"{name}: {argument}"
 
 
+def test_many_hits_of_one_latent_lose_no_more_than_torch(case):
+    """Thousands of positive terms in one sum: a weight's gradient, and a bias's as the gradient of an encode has it."""
+    if case.dtype == torch.float64:
+        pytest.skip("the oracle holds no more digits than fp64 itself")
+    rows = 3000
+    values, dense = case.randn(rows, 1).abs(), case.randn(rows, 9, seed=1).abs()
+    pattern = torch.zeros(rows, 1, dtype=torch.int32, device=case.device)
+    codes = SparseCodes(values, pattern, torch.ones(rows, dtype=torch.int32, device=case.device))
+    expected = values.double().T @ dense.double()
+    assert error_ratio(sparse_weight_grad(codes, dense, 1), expected, values.T @ dense) <= 2
+    _, sums = torch.ops.aksae.sparse_weight_grad(*codes, dense, 1, True, case.backend)
+    assert error_ratio(sums, values.double().sum(0), values.sum(0)) <= 2
+
+
 def test_sums_are_not_held_in_16_bits(case):
     # 4096 ones: a running sum in bf16 stops at 256, in fp16 at 2048.
     ones = torch.ones(1, 4096, dtype=case.dtype, device=case.device)

@@ -444,3 +444,23 @@ def test_an_unknown_instruction_set_is_told():
     assert "AKSAE_CPU_ISA" in said
     assert "abacus" in said
     assert "'cpu'," not in said
+
+
+def test_explain_sees_autocast():
+    x, W = torch.randn(3, 5), torch.randn(7, 5)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert "runs on 'reference'" in explain("topk_encode", x, W, k=2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_reference_is_exact_under_reduced_precision(precision):
+    was = torch.backends.mkldnn.matmul.fp32_precision
+    x, W = torch.randn(4, 300), torch.randn(40, 300)
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision = precision
+        with use_backend("reference"):
+            codes = topk_encode(x, W, k=9)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = was
+    scores, bound = encode_scores(x, W)
+    check_codes(codes, scores, 9, tolerance=bound)

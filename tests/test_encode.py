@@ -74,6 +74,15 @@ def test_accurate_on_real_numbers(case, rows, d_in, d_sae, k):
     check_encoded(topk_encode(x, W_enc, b_enc, k=per_row, k_max=k), x, W_enc, b_enc, per_row, k)
 
 
+@pytest.mark.parametrize("d_in", [256, 2048])
+def test_accurate_where_all_roundings_go_one_way(case, d_in):
+    """Equal terms: what a chain of additions loses grows with D, where random roundings lose its square root."""
+    x = torch.ones(1, d_in, dtype=case.dtype, device=case.device)
+    W_enc = (case.randn(64, 1).abs() + 0.01).expand(64, d_in).contiguous()
+    scores, bound = encode_scores(x, W_enc)
+    check_codes(topk_encode(x, W_enc, k=64), scores, 64, tolerance=bound)
+
+
 def test_accurate_where_terms_cancel(case):
     # Scores near 0 between terms near 100: a reduced-precision product would rank them at random.
     x, W_enc, b_enc = random_problem(case, 20, 65, 700)

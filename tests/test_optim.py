@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ def model(case, rows: int = 30, columns: int = 17) -> list[torch.nn.Parameter]:
 
 def optimizer(params: list[torch.nn.Parameter], **kwargs) -> SAEAdam:
     decoder, *others = params
-    groups = [{"params": [decoder], "unit_norm_rows": True}, {"params": others}]
+    groups = [{"params": [decoder], "unit_norm_rows": True}]
+    if others:
+        groups.append({"params": others})
     return SAEAdam(groups, lr=LR, betas=BETAS, eps=EPS, **kwargs)
 
 
@@ -52,6 +55,25 @@ class Oracle:
             p = p - LR * m_hat / (v_hat.sqrt() + EPS)
             out.append(p / p.norm(dim=1, keepdim=True) if i == 0 else p)
         return out
+
+
+def test_a_graph_of_the_old_weights_is_refused(fp32):
+    p = torch.nn.Parameter(unit_rows(fp32, 8, 5))
+    loss = (fp32.randn(3, 5).requires_grad_() @ p.T).square().sum()
+    loss.backward(retain_graph=True)
+    optimizer([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_copies_and_pickles(fp32):
+    ours = optimizer(model(fp32), max_grad_norm=0.5)
+    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        params = [p for group in again.param_groups for p in group["params"]]
+        for p in params:
+            p.grad = 100 * torch.ones_like(p)
+        again.step()
+        assert again.last_grad_norm > 0.5
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0, 1e9], ids=str)

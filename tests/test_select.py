@@ -448,3 +448,9 @@ def test_check_codes_tolerates_near_ties_only_within_the_tolerance(backend):
     check_codes(fewer, scores, 4, tolerance=1e-6)
     with pytest.raises(AssertionError, match="left out"):
         check_codes(fewer, scores, 4, tolerance=1e-10)
+
+
+def test_more_latents_than_int32_are_refused():
+    rows = torch.zeros(1, 1).expand(1, 2**31)
+    with pytest.raises(ValueError, match="F must be at most"):
+        topk_select(rows, 1)

@@ -269,6 +269,13 @@ def test_nan_activations_stop_the_run(tmp_path, bad):
     assert named in split.store.context[unseen]
 
 
+def test_a_diverged_probe_stops_the_run_before_it_spoils_the_weights(tmp_path):
+    config = make_config(tmp_path, probe_coef=1e38, checkpoint_every=5)
+    with pytest.raises(UserError, match=r"probe loss: got a gradient of norm inf at step 12 in contexts \d"):
+        run(config, make_split(dtype=torch.float32))
+    assert AdaptiveKSAE.from_pretrained(config.output / "adaptivek").probe.bias.isfinite()
+
+
 def test_a_diverged_loss_stops_the_run_before_it_spoils_the_weights(tmp_path):
     split, config = make_split(), make_config(tmp_path, lr=1e200, warmup_steps=1, checkpoint_every=1)
     with pytest.raises(UserError, match=r"loss: got (nan|inf) at step 2 in contexts [\d, .]+, needs a finite number"):

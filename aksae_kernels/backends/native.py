@@ -22,7 +22,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 @functools.cache
 def unavailable() -> str | None:
     """Load the binary; the sentence says why there is none, or why it does not load."""
-    binary = next(_PACKAGE.glob("_C*.so"), None)
+    binary = next(_PACKAGE.glob("_C.*so"), None)
     if binary is None:
         report = _PACKAGE / "_build_report.json"
         reason = json.loads(report.read_text()).get("aksae_kernels._C") if report.exists() else None
@@ -149,6 +149,8 @@ def adam_step_(
     torch.ops.aksae_cpu.adam_step(
         param, grad.contiguous(), exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, float(grad_scale), unit_norm_rows
     )
+    # Autograd must notice that weights saved by an older graph are gone.
+    torch.autograd.graph.increment_version((param, exp_avg, exp_avg_sq))
 
 
 def _rows(matrix: Tensor) -> Tensor:

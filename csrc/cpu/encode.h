@@ -1,8 +1,9 @@
 // The product x W^T + b as a source of scores for select_rows. Included by cpu/isa.h inside namespace aksae::AKSAE_ISA.
 //
 // A task owns a block of rows of x, packed once, and walks over tiles of latents: pack a tile of W for kDepth columns
-// of D, multiply, go on. The tile of scores stays in cache and is filtered there. Every score is one chain of
-// multiply-adds over D in ascending order, then the bias: its bits do not depend on blocking, edges or threads.
+// of D, multiply, go on. The tile of scores stays in cache and is filtered there. Every score is the
+// sum, in order, of one chain of multiply-adds for each kDepth columns of D, then the bias: its bits do not depend on
+// tiles, edges or threads, and structured inputs, whose roundings all go one way, lose no more than PyTorch does.
 
 // Registers: kMr rows times two vectors of latents, and room for operands.
 #if AKSAE_ISA_LEVEL == 512
@@ -12,7 +13,7 @@ constexpr int kMr = 6;
 #else
 constexpr int kMr = 4;
 #endif
-constexpr int64_t kDepth = 256;
+constexpr int64_t kDepth = 128;
 
 template <class T>
 struct EncodeScores {
@@ -98,7 +99,7 @@ struct EncodeScores {
 #pragma GCC unroll 16
     for (int i = 0; i < kMr; ++i)
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) acc[i][v] = accumulate ? load(scores + i * tile_cols + v * kLanes<A>) : Vector<A>{};
+      for (int v = 0; v < 2; ++v) acc[i][v] = Vector<A>{};
     for (int64_t d = 0; d < depth; ++d, xs += kMr, ws += kNr) {
       const Vector<A> w0 = load(ws), w1 = load(ws + kLanes<A>);
 #pragma GCC unroll 16
@@ -111,7 +112,10 @@ struct EncodeScores {
 #pragma GCC unroll 16
     for (int i = 0; i < kMr; ++i)
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) store(scores + i * tile_cols + v * kLanes<A>, acc[i][v]);
+      for (int v = 0; v < 2; ++v) {
+        A* const out = scores + i * tile_cols + v * kLanes<A>;
+        store(out, accumulate ? load(out) + acc[i][v] : acc[i][v]);
+      }
   }
 };
 

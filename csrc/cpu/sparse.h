@@ -18,17 +18,19 @@ AKSAE_INLINE void prefetch(const T* p, int64_t n) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
 }
 
-// Terms that are added up in a row before the sum joins the others: two levels lose half as much as one long chain.
-constexpr int64_t kRun = 16;
+// Terms of n that are added up in a row before their sum joins the others: two levels of about sqrt(n) terms lose far
+// less than one long chain.
+AKSAE_INLINE int64_t run_length(int64_t n) { return std::max<int64_t>(16, int64_t(std::sqrt(double(n)))); }
 
 // One slice of sum_j weight(j) * piece(j), j < n, into out (accumulation type). piece(j) points to `cols` <= kSlice
-// elements. Every column is summed in runs of kRun terms, in the order of j.
+// elements. Every column is summed in runs of run_length(n) terms, in the order of j.
 template <class T, class Weight, class Piece>
 AKSAE_INLINE void sum_pieces(int64_t n, int64_t cols, const Weight& weight, const Piece& piece, Acc<T>* out) {
   using A = Acc<T>;
   std::fill_n(out, cols, A(0));
-  for (int64_t first = 0; first < n; first += kRun) {
-    const int64_t last = std::min(n, first + kRun);
+  const int64_t run = run_length(n);
+  for (int64_t first = 0; first < n; first += run) {
+    const int64_t last = std::min(n, first + run);
     if (cols == kSlice<A>) {
       Vector<A> acc[kSliceVectors];
 #pragma GCC unroll 16
@@ -231,9 +233,10 @@ void sparse_weight_grad(ParallelFor run, Codes codes, Matrix dense, int64_t d_sa
         }
       }
       if (sums) {
-        A total = 0;
+        // One scalar for each latent: a wider chain costs nothing.
+        std::conditional_t<std::is_same_v<A, float>, double, long double> total = 0;
         for (int64_t j = 0; j < n; ++j) total += columns.value[from + j];
-        narrow(total, static_cast<T*>(sums)[f]);
+        narrow(A(total), static_cast<T*>(sums)[f]);
       }
     }
   });

@@ -12,5 +12,6 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <type_traits>
 
 #include "../kernels.h"

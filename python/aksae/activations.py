@@ -106,7 +106,11 @@ class LanguageModel:
             raise UserError(f"model.name: {config.name!r} cannot be loaded: {_first_line(error)}") from error
         if model_config.is_encoder_decoder:
             model = model.get_encoder()
-        return cls(model.to(device), tokenizer, layer=config.layer, name=config.name, revision=config.revision)
+        revision = config.revision
+        if config.name != _BUNDLED:
+            local = Path(source)
+            revision = _version(local) if local.is_dir() else getattr(model_config, "_commit_hash", None) or revision
+        return cls(model.to(device), tokenizer, layer=config.layer, name=config.name, revision=revision)
 
     @torch.no_grad()
     def residual(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -283,7 +287,9 @@ def collect(
                 rows = hidden[loss_mask.to(hidden.device)].cpu().split(counts[batch].tolist())
                 for context, values in zip(batch.tolist(), rows, strict=True):
                     if not values.isfinite().all():
-                        raise UserError(f"activations: NaN or infinity in context {context} ({model.identity})")
+                        raise UserError(
+                            f"activations: got NaN or infinity in context {context} ({model.identity}), needs numbers"
+                        )
                     file.seek(data_start + 4 * model.d_model * int(first_row[context]))
                     file.write(values.numpy().tobytes())
                 bar.update(int(lengths[batch].sum()))
@@ -424,6 +430,23 @@ def _converted_bundled(cache: Path) -> str:
     return str(folder)
 
 
+def _version(folder: Path) -> str:
+    """What tells a local model from others, and from itself with other weights: where it lies, sizes and times."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr((str(folder.resolve()), stats)).encode()).hexdigest()[:12]
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextmanager
 def _made_whole(folder: Path) -> Iterator[Path]:
     """A new folder under another name that becomes `folder` if the block succeeds, and vanishes if it does not."""
@@ -431,7 +454,10 @@ def _made_whole(folder: Path) -> Iterator[Path]:
 
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        # What killed processes left of the same work; nobody else would ever remove it.
+        for left in folder.parent.glob(f".{folder.name}.*.partial"):
+            if left == partial or not _is_running(left.name.split(".")[-2]):
+                shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         # Another process may have finished the same work first.

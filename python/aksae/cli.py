@@ -28,7 +28,17 @@ _COLUMNS = {
     "dead": "dead",
 }
 _MODELS = {"adaptivek": "AdaptiveK", "topk": "TopK"}
-_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.EIO,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

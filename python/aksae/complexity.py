@@ -11,7 +11,7 @@ from tqdm import tqdm
 from .config import LabelConfig
 from .errors import UserError
 from .rubric import SCORE_MAX
-from .text import ContextSet, normalised, read_rows
+from .text import ContextSet, normalised, read_rows, user_path
 
 if TYPE_CHECKING:
     from .activations import LanguageModel
@@ -61,8 +61,8 @@ def score_contexts(
 def _text_stats(contexts: ContextSet, progress: bool) -> np.ndarray:
     from . import text_stats
 
-    bar = tqdm(contexts.texts, desc="text-stats labels", unit="context", disable=not progress)
-    return np.array([text_stats.score(text) for text in bar], np.float32)
+    with tqdm(contexts.texts, desc="text-stats labels", unit="context", disable=not progress) as bar:
+        return np.array([text_stats.score(text) for text in bar], np.float32)
 
 
 def _surprisal(contexts: ContextSet, model: LanguageModel | None, progress: bool) -> np.ndarray:
@@ -83,7 +83,7 @@ def _surprisal(contexts: ContextSet, model: LanguageModel | None, progress: bool
 def _file(contexts: ContextSet, config: LabelConfig, progress: bool) -> np.ndarray:
     if config.file is None:
         raise UserError("labels.file: got none, needs a .parquet or .jsonl file with text and score")
-    path = Path(config.file).expanduser()
+    path = user_path(config.file, "labels.file")
     if not path.is_file() or path.suffix.lower() not in (".parquet", ".jsonl"):
         raise UserError(f"labels.file: got {path}, needs an existing .parquet or .jsonl file")
     rows = read_rows(path, [config.text_column, config.score_column], "labels.file")

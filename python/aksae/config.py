@@ -248,6 +248,9 @@ def validate_inputs(model: ModelConfig, text: TextConfig, labels: LabelConfig) -
 
 def validate_sae(config: SAEConfig) -> None:
     """The same as `validate`, for one sparse autoencoder."""
+    for name in ("d_in", "d_sae", "k_min", "k_max"):
+        if type(getattr(config, name)) is not int:
+            raise UserError(f"{name}: got {getattr(config, name)!r}, needs an int")
     _at_least("d_in", config.d_in, 1)
     _at_least("d_sae", config.d_sae, 1)
     if config.k is None:
@@ -257,8 +260,20 @@ def validate_sae(config: SAEConfig) -> None:
 
 
 def cache_folder(cache: Path | None) -> Path:
-    """The folder for converted models, labels and activations: `cache`, else AKSAE_CACHE, else ~/.cache/aksae."""
-    return Path(cache or os.environ.get("AKSAE_CACHE") or Path.home() / ".cache" / "aksae")
+    """The folder for converted models, labels and activations: `cache`, else AKSAE_CACHE, else ~/.cache/aksae.
+
+    It is made where it is missing. Raises UserError where that is refused, or the folder cannot be written.
+    """
+    folder = Path(cache or os.environ.get("AKSAE_CACHE") or Path.home() / ".cache" / "aksae")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise UserError(
+            f"cache: got {folder} ({error.strerror or error}), needs a folder that can be written"
+        ) from error
+    return folder
 
 
 def _check_map(config: SAEConfig | TrainConfig) -> None:

@@ -79,7 +79,7 @@ def load_data(model: ModelConfig, text: TextConfig, labels: LabelConfig, cache: 
     sides = load_labelled(language_model, text, labels, cache)
     splits = []
     for side in sides:
-        folder = cache / "activations" / _key(side.contexts, language_model.identity)
+        folder = cache / "activations" / context_key(side.contexts, language_model.identity)
         store = collect(language_model, side.contexts, folder, batch_size=model.batch_size)
         splits.append(Split(side.contexts, side.labels, store))
     return Data(
@@ -194,7 +194,7 @@ def _scores(contexts: ContextSet, model: LanguageModel, labels: LabelConfig, cac
     # A label file may change, and failed requests are worth another try: their own cache knows the answers.
     if source is None:
         return score_contexts(contexts, labels, model=model, cache=cache)
-    path = cache / f"{_key(contexts, labels.scorer, source)}.npy"
+    path = cache / f"{context_key(contexts, labels.scorer, source)}.npy"
     if path.is_file():
         return np.load(path)
     scores = score_contexts(contexts, labels, model=model)
@@ -204,7 +204,7 @@ def _scores(contexts: ContextSet, model: LanguageModel, labels: LabelConfig, cac
     return scores
 
 
-def _key(contexts: ContextSet, *names: str) -> str:
+def context_key(contexts: ContextSet, *names: str) -> str:
     """A name for what is computed from these contexts."""
     digest = hashlib.sha256(repr((names, contexts.input_ids.shape, contexts.texts)).encode())
     for array in (contexts.input_ids, contexts.attention_mask, contexts.loss_mask):

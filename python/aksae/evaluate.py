@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .activations import resolve_device
-from .config import ProbeReads, TrainConfig, cache_folder, from_dict
-from .data import Batch, BatchReader, Split, context_vectors, load_data
+from .config import ProbeReads, TrainConfig, cache_folder, from_dict, validate
+from .data import Batch, BatchReader, Split, context_key, context_vectors, load_data
 from .errors import UserError
 from .formats import read_json, write_json
 from .metrics import ReconstructionMetrics
@@ -31,12 +31,24 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     Raises UserError for a folder that is no run, or whose checkpoints cannot be read.
     """
     config = from_dict(TrainConfig, read_json(folder / "config.json"), str(folder / "config.json"))
+    validate(config)
     names = [name for name in (ADAPTIVE, BASELINE) if (folder / name).is_dir()]
     if ADAPTIVE not in names:
         raise UserError(f"{folder}: got no checkpoint folder {ADAPTIVE}, needs a run that has reached one")
     device = resolve_device(config.device)
-    models = {name: AdaptiveKSAE.from_pretrained(folder / name).to(device) for name in names}
+    models = {name: AdaptiveKSAE.from_pretrained(folder / name).to(device, torch.float32) for name in names}
+    for name, sae in models.items():
+        if sae.config.d_sae != config.d_sae or (sae.probe is None) != (name == BASELINE):
+            raise UserError(
+                f"{folder / name}: got the checkpoint of another run (d_sae {sae.config.d_sae}, k {sae.config.k}), "
+                f"needs {name} with d_sae {config.d_sae}"
+            )
     data = load_data(config.model, config.text, config.labels, cache_folder(config.cache))
+    if read_json(folder / "data.json") != {"heldout": context_key(data.heldout.contexts)}:
+        raise UserError(
+            f"{folder}: got held-out contexts other than the run's, needs the same: the text, the tokenizer or, with "
+            "python-prose, the installed packages have changed, and a document trained on may now be held out"
+        )
     evaluation = evaluate(models, data.heldout, data.tokenizer, config, device)
     write_json(folder / "eval.json", evaluation)
     return evaluation

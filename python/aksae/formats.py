@@ -23,7 +23,7 @@ WEIGHTS, CONFIG = "sae.safetensors", "config.json"
 def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write `config.json` and `sae.safetensors` into `folder`, each replaced as a whole; the weights come last.
 
-    Raises OSError where the disk refuses, and leaves what stood there before.
+    Raises OSError where the disk refuses; the weights that stood there before stay.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -42,11 +42,11 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], config: Mapping
         shutil.copymode(folder / CONFIG, temporary)
 
 
-def load_checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of `sae.safetensors` in `folder`, which must be those of `shapes`.
+def load_checkpoint(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `sae.safetensors` in `folder`: names and shapes must be those of `like`, all of one float dtype.
 
     Raises UserError naming the tensor, what it got and what it needs, for a file that is missing, truncated or not
-    safetensors, and for a tensor that is missing, unknown or of another shape.
+    safetensors, and for a tensor that is missing, unknown or of another shape or dtype.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -59,12 +59,16 @@ def load_checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: got a file that safetensors cannot read ({error}), needs a checkpoint") from error
-    for name in sorted(shapes.keys() ^ tensors.keys()):
-        got, needed = ("none", "one") if name in shapes else ("one", f"only {', '.join(shapes)}")
+    for name in sorted(like.keys() ^ tensors.keys()):
+        got, needed = ("none", "one") if name in like else ("one", f"only {', '.join(like)}")
         raise UserError(f"{path}: tensor {name}: got {got}, needs {needed}")
-    for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != tuple(shape):
-            raise UserError(f"{path}: tensor {name}: got shape {list(tensors[name].shape)}, needs {list(shape)}")
+    dtype = tensors[min(like)].dtype
+    for name, wanted in like.items():
+        tensor = tensors[name]
+        if tensor.shape != wanted.shape:
+            raise UserError(f"{path}: tensor {name}: got shape {list(tensor.shape)}, needs {list(wanted.shape)}")
+        if not tensor.is_floating_point() or tensor.dtype != dtype:
+            raise UserError(f"{path}: tensor {name}: got {tensor.dtype}, needs the one floating dtype of all tensors")
     return tensors
 
 

@@ -94,8 +94,11 @@ class ComplexityProbe(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Scores `[...]` of activations `x [..., d_in]`, in the dtype of `weight`.
 
-        Autocast is off in here: a 16-bit product would move k by about one and costs as much.
+        Autocast is off in here: a 16-bit product would move k by about one and costs as much. Raises ValueError where
+        the last dimension of `x` is not d_in.
         """
+        if x.ndim == 0 or x.shape[-1] != self.weight.numel():
+            raise ValueError(f"x: got shape {list(x.shape)}, needs [..., {self.weight.numel()}]")
         with torch.autocast(x.device.type, enabled=False):
             score = x.to(self.weight.dtype) @ self.weight + self.bias
         return score.clamp(self.score_min, self.score_max)

@@ -169,6 +169,10 @@ def _dict(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+def _list(value: Any) -> list:
+    return value if isinstance(value, list) else []
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -330,7 +334,7 @@ def _tradeoff(evaluation: dict, models: dict[str, dict]) -> Chart:
 def _k_distribution(evaluation: dict) -> Chart:
     title = "Distribution of k"
     histogram = _dict(evaluation.get("k_histogram"))
-    pairs = zip(histogram.get("k") or [], histogram.get("rows") or [])
+    pairs = zip(_list(histogram.get("k")), _list(histogram.get("rows")))
     rows = {k: count for k, count in pairs if _is_number(k) and _is_number(count)}
     total = sum(rows.values())
     if not total:
@@ -376,7 +380,7 @@ def _label_and_k(evaluation: dict, config: dict) -> Chart:
 def _cross_validation(probe: dict) -> Chart:
     title = "Cross-validation"
     cv = _dict(probe.get("cv"))
-    pairs = zip(cv.get("lambdas") or [], cv.get("rmse") or [])
+    pairs = zip(_list(cv.get("lambdas")), _list(cv.get("rmse")))
     points = sorted((lam, rmse) for lam, rmse in pairs if _is_number(rmse) and _is_number(lam) and lam > 0)
     if not points:
         return Chart(title, "Not drawn: probe.json holds no cross-validation curve.")
@@ -419,7 +423,7 @@ def _probe_facts(probe: dict) -> Iterator[tuple[str, str, str]]:
 
 def _latents(evaluation: dict) -> Iterator[dict]:
     """The listed latents, each with its contexts as runs of text: `(text, share of the latent's maximum, tooltip)`."""
-    for latent in evaluation.get("top_contexts") or []:
+    for latent in _list(evaluation.get("top_contexts")):
         examples = []
         for example in latent.get("examples") or []:
             tokens = example.get("tokens") or []

@@ -126,8 +126,7 @@ class AdaptiveKSAE(nn.Module):
         config = from_dict(SAEConfig, read_json(path), str(path))
         with torch.device("meta"):
             shell = cls(config)
-        shapes = {name: tuple(tensor.shape) for name, tensor in shell.state_dict().items()}
-        shell.load_state_dict(load_checkpoint(Path(folder), shapes), assign=True)
+        shell.load_state_dict(load_checkpoint(Path(folder), shell.state_dict()), assign=True)
         return shell
 
 

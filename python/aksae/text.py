@@ -59,7 +59,7 @@ def documents(config: TextConfig) -> Iterator[str]:
     UTF-8, or has a row without a string in the column; since this is a generator, at the first such row.
     """
     source = config.source
-    path = Path(source).expanduser()
+    path = user_path(source, "text.source")
     if source == "python-prose":
         from . import prose
 
@@ -129,6 +129,14 @@ def load_contexts(config: TextConfig, tokenizer) -> tuple[ContextSet, ContextSet
 def normalised(text: str) -> str:
     """`text` with every run of white space replaced by one space, none at the ends."""
     return " ".join(text.split())
+
+
+def user_path(name: str | Path, argument: str) -> Path:
+    """`name` with its `~` resolved. Raises UserError, starting with `argument`, for the home of an unknown user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{argument}: got {name}, needs a path: {error}") from error
 
 
 def read_rows(path: Path, columns: Sequence[str], argument: str) -> Iterator[tuple[str, list]]:

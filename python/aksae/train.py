@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from aksae_kernels.optim import SAEAdam
 
 from .activations import resolve_device
 from .config import SAEConfig, TrainConfig, cache_folder, to_dict, validate
-from .data import Batch, BatchReader, Split, context_vectors, listed, load_data
+from .data import Batch, BatchReader, Split, context_key, context_vectors, listed, load_data
 from .errors import UserError
 from .evaluate import ADAPTIVE, BASELINE, evaluate, mean_l0
 from .formats import finite, write_json
@@ -28,7 +29,7 @@ from .sae import AdaptiveKSAE
 
 Log = Callable[[dict[str, Any]], None]
 
-_RUN_FILES = ("config.json", "metrics.jsonl", "probe.json", ADAPTIVE, BASELINE, "eval.json", "report.html")
+_RUN_FILES = ("config.json", "data.json", "metrics.jsonl", "probe.json", ADAPTIVE, BASELINE, "eval.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class TrainResult:
 
 def train(config: TrainConfig) -> TrainResult:
     """Train an AdaptiveK SAE on a language model's activations, in three phases, and a TopK SAE of equal L0 beside it.
+
+    Beyond its options it differs from the authors' code in that batches are drawn in a new order each epoch, the probe
+    term of phase 3 is a mean over the distinct contexts of a batch, and the default precision is fp32.
 
     Everything random follows `config.seed` and `config.text.seed`. Labels and activations are kept in the cache folder
     and used again by a run that reads the same; everything else goes to `config.output`, which is created once the
@@ -60,9 +64,13 @@ def train(config: TrainConfig) -> TrainResult:
 
     data = load_data(config.model, config.text, config.labels, cache_folder(config.cache))
 
+    _check_scores(config, torch.cat([data.train.labels, data.heldout.labels]))
+
     # Phase 1: the probe, in closed form.
     probe, probe_report = fit_probe(data.train, config)
     _start_run(config)
+    # So that a later evaluation can tell whether it sees the same held-out contexts.
+    write_json(config.output / "data.json", {"heldout": context_key(data.heldout.contexts)})
     scores = {"scored": data.scored, "failed": data.failed}
     write_json(config.output / "probe.json", {**probe_report.to_dict(), "scores": scores})
 
@@ -157,7 +165,8 @@ def train_sae(sae: AdaptiveKSAE, split: Split, config: TrainConfig, *, name: str
                 loss = sae_loss(sae, batch.x, k, dead, sparsity_coef=config.sparsity_coef, aux_coef=config.aux_coef)
             logged = step % config.log_every == 0 or step == config.steps - 1
             saved = (step + 1) % config.checkpoint_every == 0 or step == config.steps - 1
-            if (logged or saved or device.type == "cpu") and not loss.total.isfinite():
+            looked_at = logged or saved or device.type == "cpu"
+            if looked_at and not loss.total.isfinite():
                 raise UserError(_diverged(sae, batch, k, loss, step))
 
             loss.total.backward()
@@ -165,7 +174,10 @@ def train_sae(sae: AdaptiveKSAE, split: Split, config: TrainConfig, *, name: str
             optimizer.zero_grad()
             lr = schedule.get_last_lr()[0]
             schedule.step()
-            terms = tuner.step(batch.probed, reader.put(split.labels[batch.contexts])) if phase == 3 else {}
+            terms = {}
+            if phase == 3:
+                where = f"step {step} in {listed(batch.contexts)}" if looked_at else None
+                terms = tuner.step(batch.probed, reader.put(split.labels[batch.contexts]), where)
 
             bar.update(config.batch_size)
             if logged:
@@ -203,12 +215,17 @@ class ProbeTuner:
         # Warms up again from its first step on, and never decays.
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, config.warmup_steps))
 
-    def step(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Update the probe by what it reads of contexts, `x [n, D]`, and their `labels [n]`; the loss terms."""
+    def step(self, x: Tensor, labels: Tensor, where: str | None) -> dict[str, Tensor]:
+        """Update the probe by what it reads of contexts, `x [n, D]`, and their `labels [n]`; the loss terms.
+
+        Raises UserError, before the update, for a gradient that is not finite at `where`; None does not look.
+        """
         delta = self.delta.value
         fit, moved = probe_loss(self.probe, x, labels, self.penalty), deviation(self.probe, *self.fitted)
         (self.config.probe_coef * (fit + delta * moved)).backward()
-        torch.nn.utils.clip_grad_norm_(self.probe.parameters(), self.config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.probe.parameters(), self.config.max_grad_norm)
+        if where is not None and not norm.isfinite():
+            raise UserError(f"probe loss: got a gradient of norm {float(norm)} at {where}, needs a finite one")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -280,6 +297,9 @@ def _json_lines(path: Path) -> Log:
 def _check_output(config: TrainConfig) -> None:
     """Raise UserError where `config.output` cannot become this run's folder."""
     folder = config.output
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if (not nearest.is_dir() and nearest != folder) or not os.access(nearest, os.W_OK):
+        raise UserError(f"output: got {folder}, needs a folder that can be made and written ({nearest} forbids it)")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: got {folder}, a file, needs a folder")
     if not folder.exists() or not any(folder.iterdir()):
@@ -288,6 +308,15 @@ def _check_output(config: TrainConfig) -> None:
         raise UserError(f"output: got {folder}, which holds other files, needs a new or empty folder")
     if not config.overwrite:
         raise UserError(f"output: got {folder}, which holds another run, needs a new folder (or overwrite)")
+
+
+def _check_scores(config: TrainConfig, labels: Tensor) -> None:
+    """Raise UserError where a label lies outside the range of scores."""
+    low, high = labels.min().item(), labels.max().item()
+    if low < config.score_min:
+        raise UserError(f"score_min: got {config.score_min}, needs at most {low:g}, the lowest label")
+    if high > config.score_max:
+        raise UserError(f"score_max: got {config.score_max}, needs at least {high:g}, the highest label")
 
 
 def _start_run(config: TrainConfig) -> None:
