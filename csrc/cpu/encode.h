@@ -1,9 +1,9 @@
 // The product x W^T + b as a source of scores for select_rows. Included by cpu/isa.h inside namespace aksae::AKSAE_ISA.
 //
 // A task owns a block of rows of x, packed once, and walks over tiles of latents: pack a tile of W for kDepth columns
-// of D, multiply, go on. The tile of scores stays in cache and is filtered there. Every score is the
-// sum, in order, of one chain of multiply-adds for each kDepth columns of D, then the bias: its bits do not depend on
-// tiles, edges or threads, and structured inputs, whose roundings all go one way, lose no more than PyTorch does.
+// of D, multiply, go on. The tile of scores stays in cache and is filtered there. Every score is the sum, in order, of
+// one chain of multiply-adds for each kDepth columns of D, then the bias: its bits do not depend on tiles, edges or
+// threads. Chains are short because equal terms, whose roundings all go one way, would leave the contract's bound.
 
 // Registers: kMr rows times two vectors of latents, and room for operands.
 #if AKSAE_ISA_LEVEL == 512
