@@ -231,10 +231,10 @@ def collect(
     """Run the model over all contexts and store what it says at their loss tokens; a finished folder is opened again.
 
     Everything is written under another name and renamed when complete, so that a run that is interrupted, fails or
-    finds the disk full leaves nothing. Whether a finished folder fits is told from the model's identity, the tokens and
-    the masks; new weights under an old path are not noticed. Contexts are batched by length, longest first, and batches
-    cut to their longest, so that padding costs little and a batch too large for the memory fails at once; rows keep the
-    order of the contexts.
+    finds the disk full leaves nothing. Whether a finished folder fits is told from the model's identity (for a local
+    model: its place and its files' sizes and times), the tokens and the masks. Contexts are batched by length, longest
+    first, and batches cut to their longest, so that padding costs little and a batch too large for the memory fails at
+    once; rows keep the order of the contexts.
 
     Args:
         folder: of the store; made, parents included.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -96,14 +97,20 @@ def context_vectors(store: ActivationStore, probe_reads: ProbeReads) -> Callable
 
     With `mean` that is the mean over the loss tokens of each, all of them held in memory; else the last loss token.
     """
+    if probe_reads == "mean":
+        return _context_means(store).__getitem__
     last_rows = store.last_rows()
-    if probe_reads != "mean":
-        return lambda contexts: store.rows(last_rows[contexts])
-    means = torch.zeros(len(last_rows), store.d_in)
+    return lambda contexts: store.rows(last_rows[contexts])
+
+
+# Fit, training, baseline and evaluation all ask, and an answer is a pass over the store: train and held-out are kept.
+@functools.lru_cache(maxsize=2)
+def _context_means(store: ActivationStore) -> Tensor:
+    rows_of = store.context.bincount()
+    means = torch.zeros(len(rows_of), store.d_in)
     for rows in torch.arange(len(store)).split(1 << 16):
         means.index_add_(0, store.context[rows], store.rows(rows))
-    means /= store.context.bincount(minlength=len(last_rows)).unsqueeze(-1)
-    return means.__getitem__
+    return means / rows_of.unsqueeze(-1)
 
 
 @dataclass(frozen=True)

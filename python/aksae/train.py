@@ -297,11 +297,11 @@ def _json_lines(path: Path) -> Log:
 def _check_output(config: TrainConfig) -> None:
     """Raise UserError where `config.output` cannot become this run's folder."""
     folder = config.output
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if (not nearest.is_dir() and nearest != folder) or not os.access(nearest, os.W_OK):
-        raise UserError(f"output: got {folder}, needs a folder that can be made and written ({nearest} forbids it)")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: got {folder}, a file, needs a folder")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"output: got {folder}, needs a folder that can be made and written ({nearest} forbids it)")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / "config.json").is_file():
