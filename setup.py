@@ -17,7 +17,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 REPORT = Path("aksae_kernels") / "_build_report.json"
 
-CPU_SOURCES = ("bind_cpu", "cpu/dispatch", "cpu/isa_baseline", "cpu/isa_avx2", "cpu/isa_avx512")
+CPU_SOURCES = (
+    "bind_cpu",
+    "cpu/dispatch",
+    "cpu/bf16_units",
+    "cpu/isa_baseline",
+    "cpu/isa_avx2",
+    "cpu/isa_avx512",
+)
 
 
 class BuildKernels(build_ext):

@@ -16,16 +16,18 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const aksae::CpuKernels& kernels() {
-  static const aksae::CpuKernels* const table = [] {
+const aksae::Cpu& cpu() {
+  static const aksae::Cpu found = [] {
     const char* wanted = std::getenv("AKSAE_CPU_ISA");
-    const auto* found = aksae::cpu_kernels(wanted && *wanted ? wanted : nullptr);
-    STD_TORCH_CHECK(found, "AKSAE_CPU_ISA must name an instruction set this machine has (baseline, avx2, avx512), got ",
-                    wanted);
-    return found;
+    const aksae::Cpu cpu = aksae::find_cpu(wanted && *wanted ? wanted : nullptr);
+    STD_TORCH_CHECK(cpu.isa, "AKSAE_CPU_ISA must name an instruction set this machine has (baseline, avx2, avx512, ",
+                    "avx512_bf16, amx), got ", wanted);
+    return cpu;
   }();
-  return *table;
+  return found;
 }
+
+const aksae::CpuKernels& kernels() { return *cpu().kernels; }
 
 void run_parallel(int64_t n, int64_t grain, aksae::RangeBody body, const void* closure) {
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(closure, begin, end); });
@@ -112,8 +114,9 @@ void topk_encode(const Tensor& x, const Tensor& W_enc, const std::optional<Tenso
   const auto type = x.scalar_type();
   const auto rows = matrix(x, "x", type), weight = matrix(W_enc, "W_enc", type);
   STD_TORCH_CHECK(rows.cols == weight.cols, "aksae_cpu: x and W_enc must have the same number of columns");
-  kernels().topk_encode(run_parallel, dtype_of(x), threads(), rows, weight, vector(b_enc, "b_enc", type, weight.rows),
-                        row_k(k, rows.rows), codes_out(values, indices, counts, type, rows.rows));
+  kernels().topk_encode(run_parallel, dtype_of(x), threads(), cpu().bf16_units, rows, weight,
+                        vector(b_enc, "b_enc", type, weight.rows), nullptr, row_k(k, rows.rows),
+                        codes_out(values, indices, counts, type, rows.rows));
 }
 
 int64_t batch_topk_select(const Tensor& pre_acts, int64_t budget, const Tensor& values, const Tensor& indices,
@@ -204,7 +207,7 @@ int64_t first_bad_row(const Tensor& indices, const Tensor& counts, int64_t d_sae
   return aksae::first_bad_row(codes(nullptr, indices, counts), d_sae);
 }
 
-std::string isa() { return kernels().isa; }
+std::string isa() { return cpu().isa; }
 
 }  // namespace
 

@@ -29,6 +29,13 @@ struct CodesOut {
   int64_t rows, width;
 };
 
+// Rows of a weight, rounded to bf16 and packed for `Bf16Units`, with |row| and |row - rounded row|.
+struct Bf16Units;
+struct PackedWeight {
+  uint16_t* panels;
+  float *norms, *residuals;
+};
+
 struct AdamStep {
   int64_t step;  // 1 for the first
   double lr, beta1, beta2, eps, grad_scale;
@@ -39,15 +46,16 @@ struct AdamStep {
 using RangeBody = void (*)(const void* closure, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t n, int64_t grain, RangeBody body, const void* closure);
 
-// One table for each instruction set. Sums are held in fp32 (fp64 for f64) and rounded once. Sums run in an order fixed
+// One table for each vector width. Sums are held in fp32 (fp64 for f64) and rounded once. Sums run in an order fixed
 // by the shapes alone, so results do not depend on the number of threads.
 struct CpuKernels {
-  const char* isa;
-
   // k[b] best positive or NaN entries of each row; k is clamped to [0, out.width].
   void (*topk_select)(ParallelFor, DType, int threads, Matrix pre_acts, const int32_t* k, CodesOut);
-  // The same of x W^T + b, in tiles that stay in cache; b may be null.
-  void (*topk_encode)(ParallelFor, DType, int threads, Matrix x, Matrix W, const void* b, const int32_t* k, CodesOut);
+  // The same of x W^T + b, in tiles that stay in cache; units, b and packed (what pack_weight made of W) may be null.
+  void (*topk_encode)(ParallelFor, DType, int threads, const Bf16Units* units, Matrix x, Matrix W, const void* b,
+                      const PackedWeight* packed, const int32_t* k, CodesOut);
+  // Rows [first, first + n) of an fp32 W.
+  void (*pack_weight)(ParallelFor, const Bf16Units&, Matrix W, int64_t first, int64_t n, PackedWeight);
   // The budget best entries of the whole matrix. Returns the largest row count; rows past out.width are cut there.
   int64_t (*batch_topk_select)(ParallelFor, DType, Matrix pre_acts, int64_t budget, CodesOut);
   // Entries that are not <= limit[f] (limit >= 0, in the accumulation type). Returns as batch_topk_select.
@@ -68,8 +76,14 @@ struct CpuKernels {
                     void* exp_avg_sq, AdamStep);
 };
 
-// The widest table this machine runs. `wanted` (may be null) names another; null comes back where it is not there.
-const CpuKernels* cpu_kernels(const char* wanted);
+struct Cpu {
+  const char* isa;
+  const CpuKernels* kernels;
+  const Bf16Units* bf16_units;  // null where there are none
+};
+
+// The best this machine runs. `wanted` (may be null) names another; an isa of null comes back where it is not there.
+Cpu find_cpu(const char* wanted);
 
 // Position of the first bad row in codes: counts outside [0, width], or a live index outside [0, d_sae); else -1.
 int64_t first_bad_row(Codes, int64_t d_sae);

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "../kernels.h"
+#include "bf16_units.h"
 
 namespace aksae {
 
@@ -18,17 +19,21 @@ extern const CpuKernels table;
 }
 #endif
 
-const CpuKernels* cpu_kernels(const char* wanted) {
+Cpu find_cpu(const char* wanted) {
   const auto picks = [&](const char* isa) { return !wanted || !std::strcmp(wanted, isa); };
 #if defined(__x86_64__)
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && picks("avx512")) return &avx512::table;
-  if (has_avx2 && picks("avx2")) return &avx2::table;
+  static const Bf16Units* const all_units[] = {&amx_units, &avx512_bf16_units};
+  for (const Bf16Units* units : all_units)
+    if (has_avx512 && picks(units->isa) && units->available()) return {units->isa, &avx512::table, units};
+  if (has_avx512 && picks("avx512")) return {"avx512", &avx512::table, nullptr};
+  if (has_avx2 && picks("avx2")) return {"avx2", &avx2::table, nullptr};
 #endif
-  return picks("baseline") ? &baseline::table : nullptr;
+  if (picks("baseline")) return {"baseline", &baseline::table, nullptr};
+  return {};
 }
 
 int64_t first_bad_row(Codes codes, int64_t d_sae) {

@@ -1,9 +1,15 @@
-// The product x W^T + b as a source of scores for select_rows. Included by cpu/isa.h inside namespace aksae::AKSAE_ISA.
+// The product x W^T + b as sources of scores for select.h. Included by cpu/isa.h inside namespace aksae::AKSAE_ISA.
+//
+// No score's bits depend on tiles, edges or threads: each source says in which order its terms are added. Chains of
+// additions are short, because equal terms, whose roundings all go one way, would leave the contract's bound.
+
+AKSAE_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// ------------------------------------------------------------------------------------------------- many rows
 //
 // A task owns a block of rows of x, packed once, and walks over tiles of latents: pack a tile of W for kDepth columns
 // of D, multiply, go on. The tile of scores stays in cache and is filtered there. Every score is the sum, in order, of
-// one chain of multiply-adds for each kDepth columns of D, then the bias: its bits do not depend on tiles, edges or
-// threads. Chains are short because equal terms, whose roundings all go one way, would leave the contract's bound.
+// one chain of multiply-adds for each kDepth columns of D, then the bias.
 
 // Registers: kMr rows times two vectors of latents, and room for operands.
 #if AKSAE_ISA_LEVEL == 512
@@ -16,33 +22,36 @@ constexpr int kMr = 4;
 constexpr int64_t kDepth = 128;
 
 template <class T>
-struct EncodeScores {
+struct GemmScores {
   using A = Acc<T>;
   static constexpr int kNr = 2 * kLanes<A>;
 
   Matrix x, W;
   const T* bias;
-  int64_t block_rows, tile_cols;
+  int64_t block_rows, panel_rows, tile_cols;
 
-  EncodeScores(Matrix x, Matrix W, const void* bias, int threads)
+  GemmScores(Matrix x, Matrix W, const void* bias, int threads)
       : x(x), W(W), bias(static_cast<const T*>(bias)), tile_cols(256) {
     // Long blocks pay for packing W; as many blocks as threads, no longer than what leaves a tile of scores in cache.
     const int64_t share = (x.rows + threads - 1) / threads;
     const int64_t rounds = std::max<int64_t>(1, (share + 511) / 512);
-    block_rows = std::max<int64_t>(kMr, round_up((share + rounds - 1) / rounds, kMr));
+    block_rows = panel_rows = std::max<int64_t>(kMr, round_up((share + rounds - 1) / rounds, kMr));
   }
 
   struct Scratch {
     std::unique_ptr<A[]> x_packed;  // [D / kDepth][rows / kMr][kDepth][kMr]
     std::unique_ptr<A[]> W_packed;  // [tile / kNr][kDepth][kNr]
     std::unique_ptr<A[]> scores;    // [rows][tile]
-    int64_t rows;
+    int64_t rows, col, cols;
   };
 
   Scratch scratch() const {
     return {std::make_unique_for_overwrite<A[]>(block_rows * x.cols),
             std::make_unique_for_overwrite<A[]>(tile_cols * kDepth),
-            std::make_unique_for_overwrite<A[]>(block_rows * tile_cols), 0};
+            std::make_unique_for_overwrite<A[]>(block_rows * tile_cols),
+            0,
+            0,
+            0};
   }
 
   void open(Scratch& s, int64_t row, int64_t n) const {
@@ -56,7 +65,11 @@ struct EncodeScores {
     }
   }
 
-  void tile(Scratch& s, int64_t col, int64_t n) const {
+  void start(Scratch& s, int64_t col, int64_t n) const { s.col = col, s.cols = n; }
+
+  // Of the whole block: a packed piece of W serves all its rows.
+  void multiply(Scratch& s, int64_t, int64_t) const {
+    const int64_t col = s.col, n = s.cols;
     const int64_t x_panels = round_up(s.rows, kMr) / kMr, W_panels = round_up(n, kNr) / kNr;
     if (x.cols == 0) std::fill_n(&s.scores[0], x_panels * kMr * tile_cols, A(0));
     for (int64_t p = 0; p < x.cols; p += kDepth) {
@@ -65,8 +78,8 @@ struct EncodeScores {
         pack<kNr>(W, col + j * kNr, std::min<int64_t>(kNr, n - j * kNr), p, depth, &s.W_packed[j * depth * kNr]);
       for (int64_t j = 0; j < W_panels; ++j)
         for (int64_t i = 0; i < x_panels; ++i)
-          multiply(&s.x_packed[p * x_panels * kMr + i * depth * kMr], &s.W_packed[j * depth * kNr], depth, p > 0,
-                   &s.scores[i * kMr * tile_cols + j * kNr]);
+          multiply_panels(&s.x_packed[p * x_panels * kMr + i * depth * kMr], &s.W_packed[j * depth * kNr], depth, p > 0,
+                          &s.scores[i * kMr * tile_cols + j * kNr]);
     }
     if (!bias) return;
     for (int64_t r = 0; r < s.rows; ++r)
@@ -76,8 +89,6 @@ struct EncodeScores {
   const A* row(const Scratch& s, int64_t r) const { return &s.scores[r * tile_cols]; }
 
  private:
-  static int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
   // Rows [first, first + n) of m, columns [p, p + depth), transposed to [depth][Width]; missing rows are zero.
   template <int Width>
   static void pack(Matrix m, int64_t first, int64_t n, int64_t p, int64_t depth, A* out) {
@@ -94,7 +105,7 @@ struct EncodeScores {
   }
 
   // scores[kMr][kNr] (+)= xs[depth][kMr]^T ws[depth][kNr].
-  void multiply(const A* xs, const A* ws, int64_t depth, bool accumulate, A* scores) const {
+  void multiply_panels(const A* xs, const A* ws, int64_t depth, bool accumulate, A* scores) const {
     Vector<A> acc[kMr][2];
 #pragma GCC unroll 16
     for (int i = 0; i < kMr; ++i)
@@ -119,7 +130,103 @@ struct EncodeScores {
   }
 };
 
-template <class T>
-void topk_encode(ParallelFor run, int threads, Matrix x, Matrix W, const void* b, const int32_t* k, CodesOut out) {
-  select_rows<T>(run, threads, EncodeScores<T>(x, W, b, threads), x.rows, W.rows, k, out);
+// -------------------------------------------------------------------------------------------------- few rows
+//
+// Rows of x and W as they lie in memory, whole vectors of D at a time: no packing to pay for. A score is the sum of two
+// chains of vectors, even and odd, their lanes added pairwise, then the last columns one by one; for every kDotDepth
+// columns of D, in order, then the bias.
+
+constexpr int kDotRows = AKSAE_ISA_LEVEL == 512 ? 4 : 2;
+template <class A>
+constexpr int64_t kDotDepth = 256 * kLanes<A>;
+
+// scores[i * stride + j] = <x[i], w[j]> over D columns.
+template <int Rows, int Latents, class T>
+AKSAE_INLINE void dots(const T* const* x, const T* const* w, int64_t D, Acc<T>* scores, int64_t stride) {
+  using A = Acc<T>;
+  constexpr int kStep = 2 * kLanes<A>;
+  A total[Rows][Latents]{};
+  for (int64_t first = 0; first < D; first += kDotDepth<A>) {
+    const int64_t last = std::min(D, first + kDotDepth<A>);
+    Vector<A> acc[Rows][Latents][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < Latents; ++j) acc[i][j][0] = acc[i][j][1] = Vector<A>{};
+    int64_t d = first;
+    const auto step = [&](int chain, int64_t at) __attribute__((always_inline)) {
+      Vector<A> rows[Rows];
+#pragma GCC unroll 8
+      for (int i = 0; i < Rows; ++i) rows[i] = load(x[i] + at);
+#pragma GCC unroll 8
+      for (int j = 0; j < Latents; ++j) {
+        const Vector<A> latent = load(w[j] + at);
+#pragma GCC unroll 8
+        for (int i = 0; i < Rows; ++i) acc[i][j][chain] += rows[i] * latent;
+      }
+    };
+    for (; d + kStep <= last; d += kStep) step(0, d), step(1, d + kLanes<A>);
+    for (; d + kLanes<A> <= last; d += kLanes<A>) step(0, d);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < Latents; ++j) {
+        A sum = sum_lanes<A>(acc[i][j][0] + acc[i][j][1]);
+        for (int64_t t = d; t < last; ++t) sum = std::fma(widen(x[i][t]), widen(w[j][t]), sum);
+        total[i][j] += sum;
+      }
+  }
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < Latents; ++j) scores[i * stride + j] = total[i][j];
 }
+
+template <class T>
+struct DotScores {
+  using A = Acc<T>;
+
+  Matrix x, W;
+  const T* bias;
+  const int64_t* rows = nullptr;  // the rows of x to take; null for all
+  int64_t block_rows = 64, panel_rows = kDotRows, tile_cols = 64;
+
+  struct Scratch {
+    std::unique_ptr<A[]> scores;  // [panel][tile]
+    int64_t first_row, first_of_panel, col, cols;
+  };
+  Scratch scratch() const { return {std::make_unique_for_overwrite<A[]>(panel_rows * tile_cols), 0, 0, 0, 0}; }
+  void open(Scratch& s, int64_t row, int64_t) const { s.first_row = row; }
+  void start(Scratch& s, int64_t col, int64_t n) const { s.col = col, s.cols = n; }
+  void multiply(Scratch& s, int64_t r, int64_t n) const {
+    s.first_of_panel = r;
+    const T* x_rows[kDotRows];
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = s.first_row + r + i;
+      x_rows[i] = static_cast<const T*>(x.data) + (rows ? rows[row] : row) * x.stride;
+    }
+    if (n == kDotRows)
+      multiply_rows<kDotRows>(x_rows, s);
+    else
+      for (int64_t i = 0; i < n; ++i) multiply_rows<1>(x_rows + i, s, i);
+    if (!bias) return;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < s.cols; ++j) s.scores[i * tile_cols + j] += widen(bias[s.col + j]);
+  }
+  const A* row(const Scratch& s, int64_t r) const { return &s.scores[(r - s.first_of_panel) * tile_cols]; }
+
+ private:
+  template <int Rows>
+  void multiply_rows(const T* const* x_rows, Scratch& s, int64_t at = 0) const {
+    constexpr int kLatents = Rows == 1 ? 4 : 2;
+    A* const out = &s.scores[at * tile_cols];
+    const T* w[kLatents];
+    int64_t j = 0;
+    for (; j + kLatents <= s.cols; j += kLatents) {
+      for (int l = 0; l < kLatents; ++l) w[l] = static_cast<const T*>(W.data) + (s.col + j + l) * W.stride;
+      dots<Rows, kLatents>(x_rows, w, x.cols, out + j, tile_cols);
+    }
+    for (; j < s.cols; ++j) {
+      w[0] = static_cast<const T*>(W.data) + (s.col + j) * W.stride;
+      dots<Rows, 1>(x_rows, w, x.cols, out + j, tile_cols);
+    }
+  }
+};

@@ -7,6 +7,7 @@ namespace {
 #include "simd.h"
 #include "select.h"
 #include "encode.h"
+#include "screen.h"
 #include "sparse.h"
 #include "adam.h"
 
@@ -22,9 +23,9 @@ namespace {
 
 extern const CpuKernels table;
 const CpuKernels table = {
-    .isa = AKSAE_ISA_NAME,
     .topk_select = AKSAE_ENTRY(topk_select),
     .topk_encode = AKSAE_ENTRY(topk_encode),
+    .pack_weight = pack_weight,
     .batch_topk_select = AKSAE_ENTRY(batch_topk_select),
     .threshold_select = AKSAE_ENTRY(threshold_select),
     .sparse_decode = AKSAE_ENTRY(sparse_decode),

@@ -8,7 +8,6 @@
 #pragma GCC target("avx2,fma,bmi,bmi2")
 #endif
 #define AKSAE_ISA avx2
-#define AKSAE_ISA_NAME "avx2"
 #define AKSAE_ISA_LEVEL 2
 #define AKSAE_LANE_BYTES 32
 #include "isa.h"

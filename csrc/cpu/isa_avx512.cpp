@@ -9,7 +9,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")
 #endif
 #define AKSAE_ISA avx512
-#define AKSAE_ISA_NAME "avx512"
 #define AKSAE_ISA_LEVEL 512
 #define AKSAE_LANE_BYTES 64
 #include "isa.h"

@@ -2,7 +2,6 @@
 #include "standard.h"
 
 #define AKSAE_ISA baseline
-#define AKSAE_ISA_NAME "baseline"
 #define AKSAE_ISA_LEVEL 0
 #define AKSAE_LANE_BYTES 16
 #include "isa.h"

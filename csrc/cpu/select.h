@@ -29,6 +29,30 @@ AKSAE_INLINE A to_score(Key<A> key) {
   return std::bit_cast<A>(key);
 }
 
+template <class K>
+AKSAE_INLINE int64_t count_above(const K* keys, int64_t n, K bound) {
+  K above = 0;
+  for (int64_t i = 0; i < n; ++i) above += keys[i] > bound;
+  return above;
+}
+
+// A bound on the k-th largest of n keys, found by bisection from low up: at most k keys are above it, and at least k at
+// or above it (unless fewer than k are above low: then it is low).
+template <class K>
+K best_bound(const K* keys, int64_t n, int64_t k, K low) {
+  K high = std::numeric_limits<K>::max();
+  while (low < high) {
+    const K middle = low + (high - low) / 2;
+    const int64_t above = count_above(keys, n, middle);
+    if (above == k) return middle;
+    if (above < k)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return low;
+}
+
 // Calls hit(i) for every score of [0, n) that is not <= limit(i), in order. Two loads of limit: a scalar or a row.
 template <class A>
 struct ScalarLimit {
@@ -110,25 +134,17 @@ struct RowSelector {
     }
   }
 
-  // Keeps the k best, still in index order. Bisection on the key finds a bound with fewer than k keys above it; what
-  // is missing comes from the keys equal to it, smallest index first.
+  // A score that needs no room beyond capacity.
+  AKSAE_INLINE void push_one(A score, int32_t index) {
+    if (!(score <= floor)) append(to_key(score), index);
+  }
+
+  // Keeps the k best, still in index order: the keys above a bound, and as many of those equal to it as are missing,
+  // smallest index first.
   void compact() {
     if (size <= k) return;
-    Key<A> low = to_key(floor), high = kNanKey<A>;
-    int64_t from_ties = -1;
-    while (low < high) {
-      const Key<A> middle = low + (high - low) / 2;
-      const int64_t above = count_above(middle);
-      if (above == k) {
-        low = middle, from_ties = 0;
-        break;
-      }
-      if (above < k)
-        high = middle;
-      else
-        low = middle + 1;
-    }
-    if (from_ties < 0) from_ties = k - count_above(low);
+    const Key<A> low = best_bound(keys, size, k, to_key(floor));
+    int64_t from_ties = k - count_above(keys, size, low);
     int64_t kept = 0;
     for (int64_t i = 0; i < size; ++i) {
       const Key<A> key = keys[i];
@@ -164,11 +180,6 @@ struct RowSelector {
     indices[size] = index;
     ++size;
   }
-  int64_t count_above(Key<A> bound) const {
-    Key<A> above = 0;
-    for (int64_t i = 0; i < size; ++i) above += keys[i] > bound;
-    return above;
-  }
 };
 
 AKSAE_INLINE void raise_to(std::atomic<int64_t>& largest, int64_t value) {
@@ -177,23 +188,68 @@ AKSAE_INLINE void raise_to(std::atomic<int64_t>& largest, int64_t value) {
   }
 }
 
-// Rows of one block are selected together, tile of columns by tile of columns. A source gives
-//   block_rows, tile_cols     its tiling
-//   Scratch, scratch()        what a task needs
-//   open(scratch, row, n)     start a block of rows
-//   tile(scratch, col, n)     make the scores of columns [col, col + n) of the open block ready
-//   row(scratch, r)           pointer to row r of that tile
-// Where there are fewer blocks than threads, the columns are split as well and the parts merged in order; the total
-// order makes the result independent of the split.
+// Rows of one block are visited together, tile of columns by tile of columns. A source gives
+//   block_rows, panel_rows, tile_cols   its tiling
+//   Scratch, scratch()                  what a thread needs
+//   open(scratch, row, n)               start a block of rows
+//   load(scratch, col, n)               start the columns [col, col + n) of it
+//   multiply(scratch, r, n)             make their scores in rows [r, r + n) of the block, at most panel_rows, ready
+//   row(scratch, r)                     pointer to those of row r
+// Where there are fewer blocks than threads, the columns are split as well, in parts.
+struct Task {
+  int64_t first, n, part;  // rows [first, first + n)
+};
+struct Tiling {
+  int64_t blocks, parts;
+};
+
+template <class Source>
+Tiling tiling_of(const Source& source, int threads, int64_t n_rows, int64_t n_latents) {
+  const int64_t blocks = (n_rows + source.block_rows - 1) / source.block_rows;
+  const int64_t tiles = (n_latents + source.tile_cols - 1) / source.tile_cols;
+  return {blocks, std::max<int64_t>(1, std::min<int64_t>(tiles, blocks ? threads / blocks : 1))};
+}
+
+// Calls body(task, visit) for every task over latents [first_latent, last_latent), on several threads; visit(push)
+// calls push(r, scores, n, col) for every piece of every row of the task, columns ascending within a row.
+template <class Source, class Body>
+void for_each_task(ParallelFor run, const Source& source, Tiling tiling, int64_t n_rows, int64_t first_latent,
+                   int64_t last_latent, const Body& body) {
+  const int64_t tile = source.tile_cols, tiles = (last_latent - first_latent + tile - 1) / tile, parts = tiling.parts;
+  parallel(run, tiling.blocks * parts, 1, [&](int64_t begin, int64_t end) {
+    auto scratch = source.scratch();
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = t / parts * source.block_rows;
+      const Task task{first, std::min<int64_t>(source.block_rows, n_rows - first), t % parts};
+      body(task, [&](const auto& push) {
+        const int64_t from = first_latent + tiles * task.part / parts * tile;
+        const int64_t to = std::min(last_latent, first_latent + tiles * (task.part + 1) / parts * tile);
+        source.open(scratch, task.first, task.n);
+        for (int64_t col = from; col < to; col += tile) {
+          const int64_t cols = std::min<int64_t>(tile, to - col);
+          source.start(scratch, col, cols);
+          for (int64_t r = 0; r < task.n;) {
+            const int64_t stop = std::min<int64_t>(task.n, r + source.panel_rows);
+            source.multiply(scratch, r, stop - r);
+            for (; r < stop; ++r) push(r, source.row(scratch, r), cols, col);
+          }
+        }
+      });
+    }
+  });
+}
+
+// The k[b] best scores of each row. The parts of a row are merged in order; the total order makes the result
+// independent of the split. `rows` (may be null) names the rows of k and out that the source's rows stand for.
 template <class T, class Source>
 void select_rows(ParallelFor run, int threads, const Source& source, int64_t n_rows, int64_t n_latents,
-                 const int32_t* k, CodesOut out) {
+                 const int32_t* k, CodesOut out, const int64_t* rows = nullptr) {
   using A = Acc<T>;
-  const int64_t block = source.block_rows, tile = source.tile_cols;
-  const int64_t blocks = (n_rows + block - 1) / block, tiles = (n_latents + tile - 1) / tile;
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(tiles, blocks ? threads / blocks : 1));
-  const auto wanted = [&](int64_t b) { return std::clamp<int64_t>(k[b], 0, out.width); };
-  const auto write = [&](RowSelector<A>& row, int64_t b) {
+  const Tiling tiling = tiling_of(source, threads, n_rows, n_latents);
+  const int64_t parts = tiling.parts;
+  const auto wanted = [&](int64_t r) { return std::clamp<int64_t>(k[rows ? rows[r] : r], 0, out.width); };
+  const auto write = [&](RowSelector<A>& row, int64_t r) {
+    const int64_t b = rows ? rows[r] : r;
     row.finish(static_cast<T*>(out.values) + b * out.width, out.indices + b * out.width, out.counts + b, out.width);
   };
 
@@ -203,48 +259,35 @@ void select_rows(ParallelFor run, int threads, const Source& source, int64_t n_r
     std::unique_ptr<int32_t[]> indices;
     std::unique_ptr<RowSelector<A>[]> rows;
   };
-  const auto unfinished = std::make_unique<Part[]>(parts > 1 ? blocks * parts : 0);
+  const auto unfinished = std::make_unique<Part[]>(parts > 1 ? tiling.blocks * parts : 0);
 
-  parallel(run, blocks * parts, 1, [&](int64_t begin, int64_t end) {
-    auto scratch = source.scratch();
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / parts * block, n = std::min(block, n_rows - first);
-      const int64_t from = tiles * (task % parts) / parts * tile;
-      const int64_t to = std::min(n_latents, tiles * (task % parts + 1) / parts * tile);
-      int64_t room = 0;
-      for (int64_t r = 0; r < n; ++r) room += RowSelector<A>::room(wanted(first + r), n_latents);
-      Part part{std::make_unique_for_overwrite<Key<A>[]>(room), std::make_unique_for_overwrite<int32_t[]>(room),
-                std::make_unique<RowSelector<A>[]>(n)};
-      int64_t offset = 0;
-      for (int64_t r = 0; r < n; ++r) {
-        const int64_t row_room = RowSelector<A>::room(wanted(first + r), n_latents);
-        part.rows[r].start(&part.keys[offset], &part.indices[offset], wanted(first + r), row_room);
-        offset += row_room;
-      }
-      source.open(scratch, first, n);
-      for (int64_t col = from; col < to; col += tile) {
-        const int64_t cols = std::min(tile, to - col);
-        source.tile(scratch, col, cols);
-        for (int64_t r = 0; r < n; ++r) part.rows[r].push(source.row(scratch, r), cols, col);
-      }
-      if (parts == 1) {
-        for (int64_t r = 0; r < n; ++r) write(part.rows[r], first + r);
-      } else {
-        for (int64_t r = 0; r < n; ++r) part.rows[r].compact();
-        unfinished[task] = std::move(part);
-      }
+  for_each_task(run, source, tiling, n_rows, 0, n_latents, [&](Task task, const auto& visit) {
+    const auto room = [&](int64_t r) { return RowSelector<A>::room(wanted(task.first + r), n_latents); };
+    int64_t total = 0;
+    for (int64_t r = 0; r < task.n; ++r) total += room(r);
+    Part part{std::make_unique_for_overwrite<Key<A>[]>(total), std::make_unique_for_overwrite<int32_t[]>(total),
+              std::make_unique<RowSelector<A>[]>(task.n)};
+    int64_t offset = 0;
+    for (int64_t r = 0; r < task.n; offset += room(r), ++r)
+      part.rows[r].start(&part.keys[offset], &part.indices[offset], wanted(task.first + r), room(r));
+    visit([&](int64_t r, const auto* scores, int64_t n, int64_t col) { part.rows[r].push(scores, n, col); });
+    if (parts == 1) {
+      for (int64_t r = 0; r < task.n; ++r) write(part.rows[r], task.first + r);
+    } else {
+      for (int64_t r = 0; r < task.n; ++r) part.rows[r].compact();
+      unfinished[task.first / source.block_rows * parts + task.part] = std::move(part);
     }
   });
   if (parts == 1) return;
   parallel(run, n_rows, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      Part* const row_parts = &unfinished[b / block * parts];
-      RowSelector<A>& merged = row_parts[0].rows[b % block];
+    for (int64_t r = begin; r < end; ++r) {
+      Part* const row_parts = &unfinished[r / source.block_rows * parts];
+      RowSelector<A>& merged = row_parts[0].rows[r % source.block_rows];
       for (int64_t p = 1; p < parts; ++p) {
-        const RowSelector<A>& more = row_parts[p].rows[b % block];
+        const RowSelector<A>& more = row_parts[p].rows[r % source.block_rows];
         merged.push_candidates(more.keys, more.indices, more.size);
       }
-      write(merged, b);
+      write(merged, r);
     }
   });
 }
@@ -253,7 +296,7 @@ void select_rows(ParallelFor run, int threads, const Source& source, int64_t n_r
 template <class T>
 struct StoredScores {
   Matrix scores;
-  int64_t block_rows = 8, tile_cols = 8192;
+  int64_t block_rows = 8, panel_rows = 8, tile_cols = 8192;
 
   struct Scratch {
     const T* tile;
@@ -261,9 +304,10 @@ struct StoredScores {
   };
   Scratch scratch() const { return {}; }
   void open(Scratch& s, int64_t row, int64_t) const { s.first_row = row; }
-  void tile(Scratch& s, int64_t col, int64_t) const {
+  void start(Scratch& s, int64_t col, int64_t) const {
     s.tile = static_cast<const T*>(scores.data) + s.first_row * scores.stride + col;
   }
+  void multiply(Scratch&, int64_t, int64_t) const {}
   const T* row(const Scratch& s, int64_t r) const { return s.tile + r * scores.stride; }
 };
 

@@ -15,3 +15,4 @@
 #include <type_traits>
 
 #include "../kernels.h"
+#include "bf16_units.h"

@@ -1,0 +1,380 @@
+// Encoding with bf16 units. Included by cpu/isa.h inside namespace aksae::AKSAE_ISA.
+//
+// bf16 inputs: the units' products are the scores. fp32 inputs: they find candidates, an error bound proves that
+// nothing else can win, and the candidates alone are multiplied in fp32.
+//
+// The bound. Write s = sum_d x_d w_d + b for the exact score of row x and latent w; ~ marks operands rounded to bf16;
+// p is the units' product and r the fp32 product of DotScores, plus b. By Cauchy-Schwarz
+//   |sum x w - sum x~ w~| <= |x - x~| |w| + |x~| |w - w~|.
+// Summing n = D + 32 terms in any order, each addition losing 2^-23 of its result (units) or 2^-24 (fp32), costs at
+// most n 2^-23 |x~||w~| and n 2^-24 |x||w|; with the few roundings of the bound's own arithmetic that is less than
+//   n 2^-22 |x||w| + 2^-20 |b| + n 2^-120,
+// where the last term stands for results below 2^-126 that became 0. So |p + b - r| <= e with
+//   e = (|x - x~| + n 2^-22 |x|) |w| + |x~| |w - w~| + 2^-20 |b| + n 2^-120,
+// norms taken with a margin for their own roundings (kNormMargin, kNormFloor).
+//
+// The certificate. L = the k-th largest of the lower bounds p + b - e seen so far. At least k candidates have r >= L,
+// so a latent with p + b + e < L has r < L and cannot be among the k best, not even by a tie; every other one is kept.
+// No guess is involved, and no candidate is dropped otherwise. Where the bound says nothing (numbers that are not
+// finite or near overflow, or more candidates than kDenseShare of the latents) a row is encoded by DotScores from the
+// start, whose scores have the same bits.
+
+constexpr float kNormMargin = 1 + 0x1p-10f, kNormFloor = 0x1p-53f, kNearOverflow = 0x1p126f;
+constexpr float kSumLoss = 0x1p-22f, kBiasLoss = 0x1p-20f, kUnderflow = 0x1p-120f;
+constexpr int64_t kDenseShare = 4;
+// Longer sums would leave the norms' margin.
+constexpr int64_t kScreenDepth = int64_t(1) << 17;
+// With fewer rows the product waits for W, and reading it once in fp32 is all there is to do.
+constexpr int64_t kScreenRows = 16;
+
+template <class A>
+using Buffer = std::unique_ptr<A[]>;
+template <class A>
+Buffer<A> buffer(int64_t n) {
+  return std::make_unique_for_overwrite<A[]>(n);
+}
+
+// Panels of all rows of a matrix, in whole pairs.
+AKSAE_INLINE int64_t panels_of(int64_t rows) { return round_up(rows, 2 * kBf16Rows) / kBf16Rows; }
+AKSAE_INLINE int64_t panel_size(int64_t D) { return round_up(D, kBf16Cols) * kBf16Rows; }
+
+// Packs rows [first, first + n) of m; norms and residuals are those of the packed rows, for fp32 alone.
+template <class T>
+void pack_rows(const Bf16Units& units, Matrix m, int64_t first, int64_t n, bool right, uint16_t* panels, float* norms,
+               float* residuals) {
+  const int64_t size = panel_size(m.cols), padded = panels_of(n) * kBf16Rows;
+  for (int64_t r = 0; r < padded; r += kBf16Rows, panels += size) {
+    const int64_t rows = std::clamp<int64_t>(n - r, 0, kBf16Rows);
+    const T* const data = static_cast<const T*>(m.data) + (first + r) * m.stride;
+    if constexpr (std::is_same_v<T, bf16>)
+      units.pack_bf16(reinterpret_cast<const uint16_t*>(data), m.stride, rows, m.cols, right, panels);
+    else
+      units.pack_f32(data, m.stride, rows, m.cols, right, panels, norms + r, residuals + r);
+  }
+}
+
+// Products on bf16 units as a source of scores. Rows of x are packed; latents are for fp32, and are packed tile by tile
+// for bf16.
+template <class T>
+struct Bf16Scores {
+  const Bf16Units* units;
+  const uint16_t* x_panels;
+  Matrix W;
+  const uint16_t* W_panels;  // of latents from first_latent on; null: to be packed
+  int64_t first_latent;
+  const T* bias;  // added to the scores, where there is one
+  int64_t block_rows, panel_rows = 2 * kBf16Rows, tile_cols;
+
+  Bf16Scores(const Bf16Units& units, const uint16_t* x_panels, int64_t n_rows, Matrix W, const T* bias, int threads)
+      : units(&units), x_panels(x_panels), W(W), W_panels(nullptr), first_latent(0), bias(bias) {
+    // A block of x and a tile of W stay in the second-level cache.
+    const int64_t fit = std::clamp<int64_t>((int64_t(1) << 19) / std::max<int64_t>(1, W.cols), 2, 16) * panel_rows;
+    const int64_t share = (n_rows + threads - 1) / threads, rounds = std::max<int64_t>(1, (share + fit - 1) / fit);
+    block_rows = std::max(panel_rows, round_up((share + rounds - 1) / rounds, panel_rows));
+    tile_cols = W.cols <= 1024 ? 128 : 64;
+  }
+
+  struct Scratch {
+    const Bf16Units* units;
+    Buffer<uint16_t> W_panels;
+    Buffer<float> scores;  // [panel][tile]
+    const uint16_t *x_block, *W_tile;
+    int64_t first_of_panel, col, cols;
+
+    ~Scratch() { units->end(); }
+  };
+  Scratch scratch() const {
+    units->begin();
+    return {units,
+            buffer<uint16_t>(W_panels ? 0 : tile_cols * round_up(W.cols, kBf16Cols)),
+            buffer<float>(panel_rows * tile_cols),
+            nullptr,
+            nullptr,
+            0,
+            0,
+            0};
+  }
+  void open(Scratch& s, int64_t row, int64_t) const { s.x_block = x_panels + row / kBf16Rows * panel_size(W.cols); }
+  void start(Scratch& s, int64_t col, int64_t n) const {
+    s.col = col, s.cols = n;
+    if constexpr (std::is_same_v<T, bf16>) {
+      pack_rows<T>(*units, W, col, n, true, s.W_panels.get(), nullptr, nullptr);
+      s.W_tile = s.W_panels.get();
+    } else {
+      s.W_tile = W_panels + (col - first_latent) / kBf16Rows * panel_size(W.cols);
+    }
+  }
+  void multiply(Scratch& s, int64_t r, int64_t n) const {
+    s.first_of_panel = r;
+    units->multiply(s.x_block + r / kBf16Rows * panel_size(W.cols), s.W_tile, round_up(W.cols, kBf16Cols) / kBf16Cols,
+                    panels_of(s.cols), s.scores.get(), tile_cols);
+    if (!bias) return;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < s.cols; ++j) s.scores[i * tile_cols + j] += widen(bias[s.col + j]);
+  }
+  const float* row(const Scratch& s, int64_t r) const { return &s.scores[(r - s.first_of_panel) * tile_cols]; }
+};
+
+// What the bound needs of every latent: |w|, |w - w~|, and b with its share of the bound added.
+struct LatentBounds {
+  Buffer<float> norm, residual, bias_up, bias_slack;
+};
+
+// The candidates of one row, in index order.
+struct RowScreen {
+  Buffer<int32_t> storage;  // keys of the lower bounds (0 where they are not positive), indices, bits of the upper ones
+  int64_t k = 0, size = 0, capacity = 0, most = 0;
+  float floor = 0;                             // upper bounds <= floor cannot win
+  float norm_factor = 0, residual_factor = 0;  // e = norm_factor |w| + residual_factor |w - w~| + ...
+  bool dense = false;                          // the bound says nothing of this row
+
+  int32_t* keys() const { return storage.get(); }
+  int32_t* indices() const { return storage.get() + capacity; }
+  float* uppers() const { return reinterpret_cast<float*>(storage.get() + 2 * capacity); }
+
+  void start(int64_t wanted, int64_t n_latents) {
+    k = wanted;
+    most = std::max(n_latents / kDenseShare, 4 * k);
+    if (k > 0) reserve(4 * k + 128);
+  }
+  bool closed() const { return dense || k == 0; }
+
+  void push(const float* scores, int64_t n, int64_t first, const LatentBounds& latents) {
+    if (closed()) return;
+    const float *const norm = &latents.norm[first], *const residual = &latents.residual[first];
+    const float *const bias_up = &latents.bias_up[first], *const slack = &latents.bias_slack[first];
+    for (int64_t i = 0; i < n; i += 64) {
+      if (size + 64 > capacity) {
+        make_room();
+        if (dense) return;
+      }
+      uint64_t mask = 0;
+      if (i + 64 <= n) {
+#pragma GCC unroll 16
+        for (int j = 0; j < 64; j += kLanes<float>) {
+          const Vector<float> e =
+              splat(norm_factor) * load(norm + i + j) + splat(residual_factor) * load(residual + i + j);
+          mask |= mask_not_le(load(scores + i + j) + load(bias_up + i + j) + e, splat(floor)) << j;
+        }
+      } else {
+        mask = (uint64_t(1) << (n - i)) - 1;
+      }
+      for (; mask; mask &= mask - 1) {
+        const int64_t j = i + __builtin_ctzll(mask);
+        const float e = norm_factor * norm[j] + residual_factor * residual[j];
+        const float upper = scores[j] + bias_up[j] + e, lower = upper - (2 + 0x1p-9f) * (e + slack[j]);
+        append(upper, lower, int32_t(first + j));
+      }
+    }
+  }
+
+  // Candidates of a later part of the same row.
+  void merge(const RowScreen& more) {
+    dense |= more.dense;
+    for (int64_t i = 0; i < more.size && !dense; ++i) {
+      if (size == capacity) make_room();
+      if (!dense) append_known(more.keys()[i], more.indices()[i], more.uppers()[i]);
+    }
+  }
+
+  // Drops what cannot win any more.
+  void compact() {
+    const int32_t bound = best_bound(keys(), size, k, to_key(floor));
+    // A lower bound of at least k scores: upper bounds equal to it must stay.
+    if (bound > 0) floor = std::max(floor, to_score<float>(bound - 1));
+    int64_t kept = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      const int32_t key = keys()[i], index = indices()[i];
+      const float upper = uppers()[i];
+      keys()[kept] = key, indices()[kept] = index, uppers()[kept] = upper;
+      kept += !(upper <= floor);
+    }
+    size = kept;
+  }
+
+ private:
+  void append(float upper, float lower, int32_t index) {
+    // Nothing is known of a latent whose bound is not finite: it stays to the end.
+    if (!(std::abs(upper) < kInfinity && std::abs(lower) < kInfinity)) upper = kInfinity, lower = 0;
+    if (upper > floor) append_known(lower > 0 ? std::bit_cast<int32_t>(lower) : 0, index, upper);
+  }
+  void append_known(int32_t key, int32_t index, float upper) {
+    keys()[size] = key, indices()[size] = index, uppers()[size] = upper;
+    ++size;
+  }
+  void make_room() {
+    compact();
+    if (size > most)
+      dense = true, size = 0;
+    else if (size + 64 > capacity / 2)
+      reserve(2 * capacity);
+  }
+  void reserve(int64_t wanted) {
+    auto more = buffer<int32_t>(3 * wanted);
+    for (int part = 0; part < 3 && size > 0; ++part)
+      std::copy_n(storage.get() + part * capacity, size, more.get() + part * wanted);
+    storage = std::move(more), capacity = wanted;
+  }
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+};
+
+// Scores of all candidates of rows [first, first + n), then the best of them. Latent by latent, so that a row of W is
+// read once for all its candidates, while the rows of x stay in cache.
+inline void rescore(RowScreen* rows, Matrix x, Matrix W, const float* bias, int64_t first, int64_t n, CodesOut out) {
+  struct Hit {
+    int32_t row, slot;
+  };
+  const auto begin_of = std::make_unique<int32_t[]>(W.rows + 2);
+  // Counted two places up, so that filling leaves begin_of[f] where it belongs.
+  int32_t* const next = begin_of.get() + 1;
+  const auto live = [&](int64_t r) { return rows[r].closed() ? 0 : rows[r].size; };
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t i = 0; i < live(r); ++i) ++next[rows[r].indices()[i] + 1];
+  for (int64_t f = 0; f < W.rows; ++f) next[f + 1] += next[f];
+  const auto hits = buffer<Hit>(next[W.rows]);
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t i = 0; i < live(r); ++i) hits[next[rows[r].indices()[i]]++] = {int32_t(r), int32_t(i)};
+
+  const auto x_row = [&](int64_t r) { return static_cast<const float*>(x.data) + (first + r) * x.stride; };
+  for (int64_t f = 0; f < W.rows; ++f) {
+    const float* const w = static_cast<const float*>(W.data) + f * W.stride;
+    const float b = bias ? bias[f] : 0;
+    for (int32_t h = begin_of[f]; h < begin_of[f + 1];) {
+      const float* x_rows[kDotRows];
+      float scores[kDotRows];
+      int taken = 1;
+      if (h + kDotRows <= begin_of[f + 1]) {
+        taken = kDotRows;
+        for (int i = 0; i < kDotRows; ++i) x_rows[i] = x_row(hits[h + i].row);
+        dots<kDotRows, 1>(x_rows, &w, x.cols, scores, 1);
+      } else {
+        x_rows[0] = x_row(hits[h].row);
+        dots<1, 1>(x_rows, &w, x.cols, scores, 1);
+      }
+      for (int i = 0; i < taken; ++i, ++h) rows[hits[h].row].uppers()[hits[h].slot] = scores[i] + b;
+    }
+  }
+
+  for (int64_t r = 0; r < n; ++r) {
+    if (rows[r].dense) continue;
+    const int64_t b = first + r, width = out.width;
+    RowSelector<float> best;
+    best.start(rows[r].keys(), rows[r].indices(), rows[r].k, rows[r].size);
+    const float* const scores = rows[r].uppers();
+    // In place: the selection never holds more than it has read.
+    for (int64_t i = 0; i < live(r) && !best.closed(); ++i) best.push_one(scores[i], rows[r].indices()[i]);
+    best.finish(static_cast<float*>(out.values) + b * width, out.indices + b * width, out.counts + b, width);
+  }
+}
+
+inline void pack_weight(ParallelFor run, const Bf16Units& units, Matrix W, int64_t first, int64_t n,
+                        PackedWeight packed) {
+  parallel(run, panels_of(n) / 2, 4, [&](int64_t begin, int64_t end) {
+    const int64_t from = begin * 2 * kBf16Rows, rows = std::min(n, end * 2 * kBf16Rows) - from;
+    pack_rows<float>(units, W, first + from, rows, true, packed.panels + from / kBf16Rows * panel_size(W.cols),
+                     packed.norms + from, packed.residuals + from);
+  });
+}
+
+inline void screened_encode(ParallelFor run, int threads, const Bf16Units& units, Matrix x, Matrix W, const float* bias,
+                            const PackedWeight* packed, const int32_t* k, CodesOut out) {
+  const int64_t F = W.rows, n_rows = x.rows;
+  const auto x_panels = buffer<uint16_t>(panels_of(n_rows) * panel_size(x.cols));
+  const auto x_norms = buffer<float>(panels_of(n_rows) * kBf16Rows),
+             x_residuals = buffer<float>(panels_of(n_rows) * kBf16Rows);
+  parallel(run, panels_of(n_rows) / 2, 1, [&](int64_t begin, int64_t end) {
+    const int64_t from = begin * 2 * kBf16Rows, rows = std::min(n_rows, end * 2 * kBf16Rows) - from;
+    pack_rows<float>(units, x, from, rows, false, &x_panels[from / kBf16Rows * panel_size(x.cols)], &x_norms[from],
+                     &x_residuals[from]);
+  });
+
+  Bf16Scores<float> source(units, x_panels.get(), n_rows, W, nullptr, threads);
+  const Tiling tiling = tiling_of(source, threads, n_rows, F);
+  const auto rows = std::make_unique<RowScreen[]>(n_rows * tiling.parts);  // [part][row]
+  const float terms = float(x.cols + 32);
+  for (int64_t part = 0; part < tiling.parts; ++part)
+    for (int64_t r = 0; r < n_rows; ++r) {
+      RowScreen& row = rows[part * n_rows + r];
+      row.start(std::clamp<int64_t>(k[r], 0, out.width), F);
+      const float norm = x_norms[r] * kNormMargin + kNormFloor;
+      row.norm_factor = (x_residuals[r] * kNormMargin + kNormFloor) + terms * kSumLoss * norm;
+      row.residual_factor = norm + x_residuals[r] * kNormMargin;  // |x~| <= |x| + |x - x~|
+    }
+
+  // Latents in chunks: one is rounded and packed by all threads, then all rows are screened with it.
+  const int64_t room = round_up(F, 2 * kBf16Rows);
+  LatentBounds latents{buffer<float>(room), buffer<float>(room), buffer<float>(room), buffer<float>(room)};
+  const int64_t chunk =
+      packed
+          ? F
+          : std::min(F, std::max<int64_t>(source.tile_cols, round_up((int64_t(1) << 21) / std::max<int64_t>(1, W.cols),
+                                                                     source.tile_cols)));
+  const auto chunk_panels = buffer<uint16_t>(packed ? 0 : panels_of(chunk) * panel_size(W.cols));
+  for (int64_t first = 0; first < F; first += chunk) {
+    const int64_t n = std::min(chunk, F - first);
+    if (!packed)
+      pack_weight(run, units, W, first, n, {chunk_panels.get(), &latents.norm[first], &latents.residual[first]});
+    float largest = 0;
+    for (int64_t f = first; f < first + n; ++f) {
+      if (packed) latents.norm[f] = packed->norms[f], latents.residual[f] = packed->residuals[f];
+      latents.norm[f] = latents.norm[f] * kNormMargin + kNormFloor;
+      latents.residual[f] = latents.residual[f] * kNormMargin + kNormFloor;
+      const float b = bias ? bias[f] : 0;
+      latents.bias_slack[f] = std::abs(b) * kBiasLoss + terms * kUnderflow;
+      latents.bias_up[f] = b + latents.bias_slack[f];
+      // Latents that are not finite always stay.
+      if (latents.norm[f] < kNearOverflow) largest = std::max(largest, latents.norm[f]);
+    }
+    for (int64_t i = 0; i < n_rows * tiling.parts; ++i)
+      if (!(rows[i].residual_factor * largest < kNearOverflow)) rows[i].dense = true;
+    source.W_panels = packed ? packed->panels : chunk_panels.get();
+    source.first_latent = packed ? 0 : first;
+    for_each_task(run, source, tiling, n_rows, first, first + n, [&](Task task, const auto& visit) {
+      RowScreen* const block = &rows[task.part * n_rows + task.first];
+      visit([&](int64_t r, const float* scores, int64_t cols, int64_t col) {
+        block[r].push(scores, cols, col, latents);
+      });
+    });
+  }
+
+  // Blocks whose rows of x stay in cache.
+  const int64_t share = (n_rows + threads - 1) / threads;
+  const int64_t fit = std::max<int64_t>(16, (int64_t(3) << 17) / std::max<int64_t>(1, x.cols));
+  const int64_t block = std::min(share, fit), blocks = (n_rows + block - 1) / block;
+  parallel(run, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * block; first < std::min(n_rows, end * block); first += block) {
+      const int64_t n = std::min(block, n_rows - first);
+      for (int64_t r = first; r < first + n; ++r) {
+        for (int64_t part = 1; part < tiling.parts; ++part) rows[r].merge(rows[part * n_rows + r]);
+        if (!rows[r].closed()) rows[r].compact();
+      }
+      rescore(&rows[first], x, W, bias, first, n, out);
+    }
+  });
+
+  const auto dense = buffer<int64_t>(n_rows);
+  int64_t n_dense = 0;
+  for (int64_t r = 0; r < n_rows; ++r)
+    if (rows[r].dense) dense[n_dense++] = r;
+  if (n_dense == 0) return;
+  select_rows<float>(run, threads, DotScores<float>{x, W, bias, dense.get()}, n_dense, F, k, out, dense.get());
+}
+
+template <class T>
+void topk_encode(ParallelFor run, int threads, const Bf16Units* units, Matrix x, Matrix W, const void* b,
+                 const PackedWeight* packed, const int32_t* k, CodesOut out) {
+  const T* const bias = static_cast<const T*>(b);
+  if (x.rows < kScreenRows) return select_rows<T>(run, threads, DotScores<T>{x, W, bias}, x.rows, W.rows, k, out);
+  if constexpr (std::is_same_v<T, float>) {
+    if (units && x.cols <= kScreenDepth) return screened_encode(run, threads, *units, x, W, bias, packed, k, out);
+  }
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (units) {
+      const auto x_panels = buffer<uint16_t>(panels_of(x.rows) * panel_size(x.cols));
+      pack_rows<T>(*units, x, 0, x.rows, false, x_panels.get(), nullptr, nullptr);
+      const Bf16Scores<T> source(*units, x_panels.get(), x.rows, W, bias, threads);
+      return select_rows<T>(run, threads, source, x.rows, W.rows, k, out);
+    }
+  }
+  select_rows<T>(run, threads, GemmScores<T>(x, W, b, threads), x.rows, W.rows, k, out);
+}
