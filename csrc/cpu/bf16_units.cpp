@@ -49,57 +49,68 @@ AKSAE_AVX512 inline void transpose(__m512i (&rows)[16]) {
   }
 }
 
-AKSAE_AVX512 inline void store_block(__m512i (&rows)[16], bool right, uint16_t* block) {
-  if (right) transpose(rows);
-  for (int r = 0; r < 16; ++r) _mm512_storeu_si512(block + 32 * r, rows[r]);
+// Blocks hold rows so far; right operands want pairs.
+AKSAE_AVX512 void make_pairs(uint16_t* panel, int64_t D) {
+  for (int64_t d = 0; d < D; d += kBf16Cols, panel += kBf16Block) {
+    __m512i rows[16];
+    for (int r = 0; r < 16; ++r) rows[r] = _mm512_loadu_si512(panel + r * kBf16Cols);
+    transpose(rows);
+    for (int r = 0; r < 16; ++r) _mm512_storeu_si512(panel + r * kBf16Cols, rows[r]);
+  }
 }
+
+// Elements that reading memory runs ahead.
+constexpr int64_t kAhead = 512;
+
+// The last columns of a row, as a mask.
+uint32_t live_columns(int64_t left) { return left >= kBf16Cols ? ~0u : (1u << left) - 1; }
 
 AKSAE_AVX512 void pack_f32(const float* data, int64_t stride, int64_t rows, int64_t D, bool right, uint16_t* panel,
                            float* norms, float* residuals) {
-  __m512 squares[16], errors[16];
-  for (int r = 0; r < 16; ++r) squares[r] = errors[r] = _mm512_setzero_ps();
-  for (int64_t d = 0; d < D; d += kBf16Cols, panel += kBf16Block) {
-    const uint32_t live = D - d >= 32 ? ~0u : (1u << (D - d)) - 1;
-    __m512i block[16];
-    for (int r = 0; r < 16; ++r) {
-      if (r >= rows) {
-        block[r] = _mm512_setzero_si512();
-        continue;
+  // Row by row: memory is read in one stream, and the panel stays in cache.
+  for (int64_t r = 0; r < kBf16Rows; ++r) {
+    const float* const row = data + r * stride;
+    uint16_t* out = panel + r * kBf16Cols;
+    __m512 squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, errors[2] = {squares[0], squares[0]};
+    for (int64_t d = 0; d < D; d += kBf16Cols, out += kBf16Block) {
+      const uint32_t live = r < rows ? live_columns(D - d) : 0;
+      _mm_prefetch(row + d + kAhead, _MM_HINT_T0);
+      _mm_prefetch(row + d + kAhead + 16, _MM_HINT_T0);
+      const __m512 x[2] = {_mm512_maskz_loadu_ps(__mmask16(live), row + d),
+                           _mm512_maskz_loadu_ps(__mmask16(live >> 16), row + d + 16)};
+      const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]);
+      _mm512_storeu_si512(out, rounded);
+      const __m256i halves[2] = {_mm512_castsi512_si256(rounded), _mm512_extracti64x4_epi64(rounded, 1)};
+      for (int h = 0; h < 2; ++h) {
+        const __m512 error = _mm512_sub_ps(x[h], (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves[h]), 16));
+        squares[h] = _mm512_fmadd_ps(x[h], x[h], squares[h]);
+        errors[h] = _mm512_fmadd_ps(error, error, errors[h]);
       }
-      const float* const at = data + r * stride + d;
-      const __m512 low = _mm512_maskz_loadu_ps(__mmask16(live), at);
-      const __m512 high = _mm512_maskz_loadu_ps(__mmask16(live >> 16), at + 16);
-      block[r] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-      const __m256i low_half = _mm512_castsi512_si256(block[r]), high_half = _mm512_extracti64x4_epi64(block[r], 1);
-      const __m512 low_error = _mm512_sub_ps(low, (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(low_half), 16));
-      const __m512 high_error = _mm512_sub_ps(high, (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high_half), 16));
-      squares[r] = _mm512_fmadd_ps(high, high, _mm512_fmadd_ps(low, low, squares[r]));
-      errors[r] = _mm512_fmadd_ps(high_error, high_error, _mm512_fmadd_ps(low_error, low_error, errors[r]));
     }
-    store_block(block, right, panel);
+    if (r >= rows) continue;
+    norms[r] = std::sqrt(_mm512_reduce_add_ps(_mm512_add_ps(squares[0], squares[1])));
+    residuals[r] = std::sqrt(_mm512_reduce_add_ps(_mm512_add_ps(errors[0], errors[1])));
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    norms[r] = std::sqrt(_mm512_reduce_add_ps(squares[r]));
-    residuals[r] = std::sqrt(_mm512_reduce_add_ps(errors[r]));
-  }
+  if (right) make_pairs(panel, D);
 }
 
 AKSAE_AVX512 void pack_bf16(const uint16_t* data, int64_t stride, int64_t rows, int64_t D, bool right,
                             uint16_t* panel) {
-  for (int64_t d = 0; d < D; d += kBf16Cols, panel += kBf16Block) {
-    const __mmask32 live = D - d >= 32 ? ~0u : (1u << (D - d)) - 1;
-    __m512i block[16];
-    for (int r = 0; r < 16; ++r)
-      block[r] = r < rows ? _mm512_maskz_loadu_epi16(live, data + r * stride + d) : _mm512_setzero_si512();
-    store_block(block, right, panel);
-  }
+  for (int64_t r = 0; r < kBf16Rows; ++r)
+    for (int64_t d = 0; d < D; d += kBf16Cols) {
+      const uint32_t live = r < rows ? live_columns(D - d) : 0;
+      _mm_prefetch(data + r * stride + d + kAhead, _MM_HINT_T0);
+      _mm512_storeu_si512(panel + d * kBf16Rows + r * kBf16Cols, _mm512_maskz_loadu_epi16(live, data + r * stride + d));
+    }
+  if (right) make_pairs(panel, D);
 }
 
 void nothing() {}
 
 // Eight rows times 32 latents in registers; 128 columns of D, then the sums join those in memory.
 AKSAE_AVX512 void multiply_avx512(const uint16_t* left, const uint16_t* right, int64_t steps, int64_t panels,
-                                  float* scores, int64_t stride) {
+                                  float* scores, int64_t stride, const char* ahead, int64_t ahead_bytes) {
+  for (int64_t byte = 0; byte < ahead_bytes; byte += 64) _mm_prefetch(ahead + byte, _MM_HINT_T1);
   constexpr int kRows = 8;
   constexpr int64_t kStepsInChain = 4;
   for (int64_t p = 0; p < panels; p += 2)
@@ -147,8 +158,11 @@ AKSAE_AMX void begin_amx() { _tile_loadconfig(&tile_config); }
 AKSAE_AMX void end_amx() { _tile_release(); }
 
 AKSAE_AMX void multiply_amx(const uint16_t* left, const uint16_t* right, int64_t steps, int64_t panels, float* scores,
-                            int64_t stride) {
+                            int64_t stride, const char* ahead, int64_t ahead_bytes) {
   const uint16_t *const x0 = left, *const x1 = left + steps * kBf16Block;
+  const char* const end = ahead + ahead_bytes;
+  const int64_t all_steps = std::max<int64_t>(1, steps * panels / 2);
+  const int64_t per_step = ((ahead_bytes + all_steps - 1) / all_steps + 63) / 64 * 64;
   for (int64_t p = 0; p < panels; p += 2) {
     const uint16_t *const w0 = right + p * steps * kBf16Block, *const w1 = w0 + steps * kBf16Block;
     _tile_zero(0);
@@ -156,6 +170,8 @@ AKSAE_AMX void multiply_amx(const uint16_t* left, const uint16_t* right, int64_t
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t s = 0; s < steps; ++s) {
+      for (const char* const stop = ahead + std::min(per_step, end - ahead); ahead < stop; ahead += 64)
+        _mm_prefetch(ahead, _MM_HINT_T1);
       _tile_loadd(4, x0 + s * kBf16Block, 64);
       _tile_loadd(6, w0 + s * kBf16Block, 64);
       _tile_dpbf16ps(0, 4, 6);

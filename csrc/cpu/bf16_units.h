@@ -30,8 +30,9 @@ struct Bf16Units {
   // scores[i * stride + j] = <row i, latent j> for two left panels and `panels` (even) right ones: i < 32, j < 16
   // panels. Terms are added in fp32, in chains of at most max(128, D / 32 + 20), each addition losing at most 2^-23 of
   // its result, or 2^-126 where the result is smaller than that.
+  // `ahead` is brought into cache meanwhile.
   void (*multiply)(const uint16_t* left, const uint16_t* right, int64_t steps, int64_t panels, float* scores,
-                   int64_t stride);
+                   int64_t stride, const char* ahead, int64_t ahead_bytes);
 };
 
 #if defined(__x86_64__)

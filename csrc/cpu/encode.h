@@ -39,19 +39,14 @@ struct GemmScores {
   }
 
   struct Scratch {
-    std::unique_ptr<A[]> x_packed;  // [D / kDepth][rows / kMr][kDepth][kMr]
-    std::unique_ptr<A[]> W_packed;  // [tile / kNr][kDepth][kNr]
-    std::unique_ptr<A[]> scores;    // [rows][tile]
+    Buffer<A> x_packed;  // [D / kDepth][rows / kMr][kDepth][kMr]
+    Buffer<A> W_packed;  // [tile / kNr][kDepth][kNr]
+    Buffer<A> scores;    // [rows][tile]
     int64_t rows, col, cols;
   };
 
   Scratch scratch() const {
-    return {std::make_unique_for_overwrite<A[]>(block_rows * x.cols),
-            std::make_unique_for_overwrite<A[]>(tile_cols * kDepth),
-            std::make_unique_for_overwrite<A[]>(block_rows * tile_cols),
-            0,
-            0,
-            0};
+    return {buffer<A>(block_rows * x.cols), buffer<A>(tile_cols * kDepth), buffer<A>(block_rows * tile_cols), 0, 0, 0};
   }
 
   void open(Scratch& s, int64_t row, int64_t n) const {
@@ -134,50 +129,48 @@ struct GemmScores {
 //
 // Rows of x and W as they lie in memory, whole vectors of D at a time: no packing to pay for. A score is the sum of two
 // chains of vectors, even and odd, their lanes added pairwise, then the last columns one by one; for every kDotDepth
-// columns of D, in order, then the bias.
+// columns of D, in order, then the bias. 512 rows of that many columns fit a second-level cache.
 
 constexpr int kDotRows = AKSAE_ISA_LEVEL == 512 ? 4 : 2;
 template <class A>
-constexpr int64_t kDotDepth = 256 * kLanes<A>;
+constexpr int64_t kDotDepth = 48 * kLanes<A>;
 
-// scores[i * stride + j] = <x[i], w[j]> over D columns.
+// scores[i * stride + j] = <x[i], w[j]> over columns [first, last), at most kDotDepth of them; added to the scores
+// unless first is 0. The same columns of `ahead` are brought into cache meanwhile.
 template <int Rows, int Latents, class T>
-AKSAE_INLINE void dots(const T* const* x, const T* const* w, int64_t D, Acc<T>* scores, int64_t stride) {
+AKSAE_INLINE void dots(const T* const* x, const T* const* w, int64_t first, int64_t last, Acc<T>* scores,
+                       int64_t stride, const T* ahead) {
   using A = Acc<T>;
   constexpr int kStep = 2 * kLanes<A>;
-  A total[Rows][Latents]{};
-  for (int64_t first = 0; first < D; first += kDotDepth<A>) {
-    const int64_t last = std::min(D, first + kDotDepth<A>);
-    Vector<A> acc[Rows][Latents][2];
+  Vector<A> acc[Rows][Latents][2];
 #pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < Latents; ++j) acc[i][j][0] = acc[i][j][1] = Vector<A>{};
-    int64_t d = first;
-    const auto step = [&](int chain, int64_t at) __attribute__((always_inline)) {
-      Vector<A> rows[Rows];
-#pragma GCC unroll 8
-      for (int i = 0; i < Rows; ++i) rows[i] = load(x[i] + at);
-#pragma GCC unroll 8
-      for (int j = 0; j < Latents; ++j) {
-        const Vector<A> latent = load(w[j] + at);
-#pragma GCC unroll 8
-        for (int i = 0; i < Rows; ++i) acc[i][j][chain] += rows[i] * latent;
-      }
-    };
-    for (; d + kStep <= last; d += kStep) step(0, d), step(1, d + kLanes<A>);
-    for (; d + kLanes<A> <= last; d += kLanes<A>) step(0, d);
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < Latents; ++j) {
-        A sum = sum_lanes<A>(acc[i][j][0] + acc[i][j][1]);
-        for (int64_t t = d; t < last; ++t) sum = std::fma(widen(x[i][t]), widen(w[j][t]), sum);
-        total[i][j] += sum;
-      }
-  }
   for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Latents; ++j) scores[i * stride + j] = total[i][j];
+#pragma GCC unroll 8
+    for (int j = 0; j < Latents; ++j) acc[i][j][0] = acc[i][j][1] = Vector<A>{};
+  int64_t d = first;
+  const auto step = [&](int chain, int64_t at) __attribute__((always_inline)) {
+    __builtin_prefetch(ahead + at);
+    Vector<A> rows[Rows];
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) rows[i] = load(x[i] + at);
+#pragma GCC unroll 8
+    for (int j = 0; j < Latents; ++j) {
+      const Vector<A> latent = load(w[j] + at);
+#pragma GCC unroll 8
+      for (int i = 0; i < Rows; ++i) acc[i][j][chain] += rows[i] * latent;
+    }
+  };
+  for (; d + kStep <= last; d += kStep) step(0, d), step(1, d + kLanes<A>);
+  for (; d + kLanes<A> <= last; d += kLanes<A>) step(0, d);
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < Latents; ++j) {
+      A sum = sum_lanes<A>(acc[i][j][0] + acc[i][j][1]);
+      for (int64_t t = d; t < last; ++t) sum = std::fma(widen(x[i][t]), widen(w[j][t]), sum);
+      A& score = scores[i * stride + j];
+      score = first ? score + sum : sum;
+    }
 }
 
 template <class T>
@@ -190,10 +183,10 @@ struct DotScores {
   int64_t block_rows = 64, panel_rows = kDotRows, tile_cols = 64;
 
   struct Scratch {
-    std::unique_ptr<A[]> scores;  // [panel][tile]
+    Buffer<A> scores;  // [panel][tile]
     int64_t first_row, first_of_panel, col, cols;
   };
-  Scratch scratch() const { return {std::make_unique_for_overwrite<A[]>(panel_rows * tile_cols), 0, 0, 0, 0}; }
+  Scratch scratch() const { return {buffer<A>(panel_rows * tile_cols), 0, 0, 0, 0}; }
   void open(Scratch& s, int64_t row, int64_t) const { s.first_row = row; }
   void start(Scratch& s, int64_t col, int64_t n) const { s.col = col, s.cols = n; }
   void multiply(Scratch& s, int64_t r, int64_t n) const {
@@ -219,14 +212,19 @@ struct DotScores {
     constexpr int kLatents = Rows == 1 ? 4 : 2;
     A* const out = &s.scores[at * tile_cols];
     const T* w[kLatents];
-    int64_t j = 0;
-    for (; j + kLatents <= s.cols; j += kLatents) {
-      for (int l = 0; l < kLatents; ++l) w[l] = static_cast<const T*>(W.data) + (s.col + j + l) * W.stride;
-      dots<Rows, kLatents>(x_rows, w, x.cols, out + j, tile_cols);
-    }
-    for (; j < s.cols; ++j) {
-      w[0] = static_cast<const T*>(W.data) + (s.col + j) * W.stride;
-      dots<Rows, 1>(x_rows, w, x.cols, out + j, tile_cols);
+    if (x.cols == 0)
+      for (int i = 0; i < Rows; ++i) std::fill_n(out + i * tile_cols, s.cols, A(0));
+    for (int64_t first = 0; first < x.cols; first += kDotDepth<A>) {
+      const int64_t last = std::min(x.cols, first + kDotDepth<A>);
+      int64_t j = 0;
+      for (; j + kLatents <= s.cols; j += kLatents) {
+        for (int l = 0; l < kLatents; ++l) w[l] = static_cast<const T*>(W.data) + (s.col + j + l) * W.stride;
+        dots<Rows, kLatents>(x_rows, w, first, last, out + j, tile_cols, w[0] + kLatents * W.stride);
+      }
+      for (; j < s.cols; ++j) {
+        w[0] = static_cast<const T*>(W.data) + (s.col + j) * W.stride;
+        dots<Rows, 1>(x_rows, w, first, last, out + j, tile_cols, w[0] + W.stride);
+      }
     }
   }
 };

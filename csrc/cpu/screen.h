@@ -27,12 +27,8 @@ constexpr int64_t kScreenDepth = int64_t(1) << 17;
 // With fewer rows the product waits for W, and reading it once in fp32 is all there is to do.
 constexpr int64_t kScreenRows = 16;
 
-template <class A>
-using Buffer = std::unique_ptr<A[]>;
-template <class A>
-Buffer<A> buffer(int64_t n) {
-  return std::make_unique_for_overwrite<A[]>(n);
-}
+// 1024 rows of kDotDepth columns are 3 MB: what two cores have in their second-level caches.
+constexpr int64_t kRescoredRows = 512;
 
 // Panels of all rows of a matrix, in whole pairs.
 AKSAE_INLINE int64_t panels_of(int64_t rows) { return round_up(rows, 2 * kBf16Rows) / kBf16Rows; }
@@ -60,18 +56,18 @@ struct Bf16Scores {
   const Bf16Units* units;
   const uint16_t* x_panels;
   Matrix W;
-  const uint16_t* W_panels;  // of latents from first_latent on; null: to be packed
-  int64_t first_latent;
+  const uint16_t* W_panels;  // of latents [first_latent, last_latent); null: to be packed
+  int64_t first_latent, last_latent;
   const T* bias;  // added to the scores, where there is one
   int64_t block_rows, panel_rows = 2 * kBf16Rows, tile_cols;
 
   Bf16Scores(const Bf16Units& units, const uint16_t* x_panels, int64_t n_rows, Matrix W, const T* bias, int threads)
-      : units(&units), x_panels(x_panels), W(W), W_panels(nullptr), first_latent(0), bias(bias) {
+      : units(&units), x_panels(x_panels), W(W), W_panels(nullptr), first_latent(0), last_latent(0), bias(bias) {
     // A block of x and a tile of W stay in the second-level cache.
     const int64_t fit = std::clamp<int64_t>((int64_t(1) << 19) / std::max<int64_t>(1, W.cols), 2, 16) * panel_rows;
     const int64_t share = (n_rows + threads - 1) / threads, rounds = std::max<int64_t>(1, (share + fit - 1) / fit);
     block_rows = std::max(panel_rows, round_up((share + rounds - 1) / rounds, panel_rows));
-    tile_cols = W.cols <= 1024 ? 128 : 64;
+    tile_cols = W.cols <= 1024 ? 512 : 128;
   }
 
   struct Scratch {
@@ -79,7 +75,8 @@ struct Bf16Scores {
     Buffer<uint16_t> W_panels;
     Buffer<float> scores;  // [panel][tile]
     const uint16_t *x_block, *W_tile;
-    int64_t first_of_panel, col, cols;
+    const char* ahead;  // the next tile, as it lies in memory
+    int64_t ahead_bytes, rows, first_of_panel, col, cols;
 
     ~Scratch() { units->end(); }
   };
@@ -94,20 +91,29 @@ struct Bf16Scores {
             0,
             0};
   }
-  void open(Scratch& s, int64_t row, int64_t) const { s.x_block = x_panels + row / kBf16Rows * panel_size(W.cols); }
+  void open(Scratch& s, int64_t row, int64_t n) const {
+    s.x_block = x_panels + row / kBf16Rows * panel_size(W.cols), s.rows = n;
+  }
   void start(Scratch& s, int64_t col, int64_t n) const {
     s.col = col, s.cols = n;
     if constexpr (std::is_same_v<T, bf16>) {
       pack_rows<T>(*units, W, col, n, true, s.W_panels.get(), nullptr, nullptr);
       s.W_tile = s.W_panels.get();
+      s.ahead = reinterpret_cast<const char*>(static_cast<const T*>(W.data) + (col + n) * W.stride);
+      s.ahead_bytes = std::min(tile_cols, W.rows - col - n) * W.stride * sizeof(T);
     } else {
       s.W_tile = W_panels + (col - first_latent) / kBf16Rows * panel_size(W.cols);
+      s.ahead = reinterpret_cast<const char*>(s.W_tile + n / kBf16Rows * panel_size(W.cols));
+      s.ahead_bytes = std::clamp<int64_t>(last_latent - col - n, 0, tile_cols) * round_up(W.cols, kBf16Cols) * 2;
     }
   }
   void multiply(Scratch& s, int64_t r, int64_t n) const {
     s.first_of_panel = r;
+    // A share of the next tile comes meanwhile.
+    const int64_t share = s.ahead_bytes / (s.rows / panel_rows + 1) + 1, from = r / panel_rows * share;
     units->multiply(s.x_block + r / kBf16Rows * panel_size(W.cols), s.W_tile, round_up(W.cols, kBf16Cols) / kBf16Cols,
-                    panels_of(s.cols), s.scores.get(), tile_cols);
+                    panels_of(s.cols), s.scores.get(), tile_cols, s.ahead + from,
+                    std::clamp<int64_t>(s.ahead_bytes - from, 0, share));
     if (!bias) return;
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < s.cols; ++j) s.scores[i * tile_cols + j] += widen(bias[s.col + j]);
@@ -148,22 +154,29 @@ struct RowScreen {
         make_room();
         if (dense) return;
       }
+      // Upper bounds above the floor, or NaN, are candidates.
+      const auto upper_at = [&](int64_t j) {
+        const Vector<float> e = splat(norm_factor) * load(norm + j) + splat(residual_factor) * load(residual + j);
+        return load(scores + j) + load(bias_up + j) + e;
+      };
       uint64_t mask = 0;
-      if (i + 64 <= n) {
 #pragma GCC unroll 16
-        for (int j = 0; j < 64; j += kLanes<float>) {
-          const Vector<float> e =
-              splat(norm_factor) * load(norm + i + j) + splat(residual_factor) * load(residual + i + j);
-          mask |= mask_not_le(load(scores + i + j) + load(bias_up + i + j) + e, splat(floor)) << j;
-        }
-      } else {
-        mask = (uint64_t(1) << (n - i)) - 1;
-      }
-      for (; mask; mask &= mask - 1) {
-        const int64_t j = i + __builtin_ctzll(mask);
-        const float e = norm_factor * norm[j] + residual_factor * residual[j];
-        const float upper = scores[j] + bias_up[j] + e, lower = upper - (2 + 0x1p-9f) * (e + slack[j]);
-        append(upper, lower, int32_t(first + j));
+      for (int64_t j = i; j < i + 64; j += kLanes<float>) mask |= mask_not_le(upper_at(j), splat(floor)) << (j - i);
+      // Past the last column nothing is known to be in the rows, but they are long enough to be read.
+      if (i + 64 > n) mask &= (uint64_t(1) << (n - i)) - 1;
+      for (int64_t j = i; mask; j += kLanes<float>, mask >>= kLanes<float>) {
+        const uint64_t some = mask & ((uint64_t(1) << kLanes<float>)-1);
+        if (!some) continue;
+        const Vector<float> e = splat(norm_factor) * load(norm + j) + splat(residual_factor) * load(residual + j);
+        const Vector<float> upper = upper_at(j), lower = upper - splat(kTwice) * (e + load(slack + j));
+        // Nothing is known of a latent whose bounds are not finite: it stays to the end.
+        const Vector<float> infinity = splat(kInfinity);
+        const auto known = (upper < infinity) & (upper > -infinity) & (lower < infinity) & (lower > -infinity);
+        store_packed(keys() + size, known & (lower > 0) & (VectorOf<float>::bits)lower, some);
+        store_packed(indices() + size, iota() + int32_t(first + j), some);
+        store_packed(uppers() + size,
+                     (known & (VectorOf<float>::bits)upper) | (~known & (VectorOf<float>::bits)infinity), some);
+        size += __builtin_popcountll(some);
       }
     }
   }
@@ -173,7 +186,9 @@ struct RowScreen {
     dense |= more.dense;
     for (int64_t i = 0; i < more.size && !dense; ++i) {
       if (size == capacity) make_room();
-      if (!dense) append_known(more.keys()[i], more.indices()[i], more.uppers()[i]);
+      if (dense) return;
+      keys()[size] = more.keys()[i], indices()[size] = more.indices()[i], uppers()[size] = more.uppers()[i];
+      ++size;
     }
   }
 
@@ -193,15 +208,6 @@ struct RowScreen {
   }
 
  private:
-  void append(float upper, float lower, int32_t index) {
-    // Nothing is known of a latent whose bound is not finite: it stays to the end.
-    if (!(std::abs(upper) < kInfinity && std::abs(lower) < kInfinity)) upper = kInfinity, lower = 0;
-    if (upper > floor) append_known(lower > 0 ? std::bit_cast<int32_t>(lower) : 0, index, upper);
-  }
-  void append_known(int32_t key, int32_t index, float upper) {
-    keys()[size] = key, indices()[size] = index, uppers()[size] = upper;
-    ++size;
-  }
   void make_room() {
     compact();
     if (size > most)
@@ -216,55 +222,69 @@ struct RowScreen {
     storage = std::move(more), capacity = wanted;
   }
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  static constexpr float kTwice = 2 + 0x1p-9f;  // with the roundings of e itself
 };
 
-// Scores of all candidates of rows [first, first + n), then the best of them. Latent by latent, so that a row of W is
-// read once for all its candidates, while the rows of x stay in cache.
-inline void rescore(RowScreen* rows, Matrix x, Matrix W, const float* bias, int64_t first, int64_t n, CodesOut out) {
+// Scores of all candidates of `n` rows. Each task takes a range of latents, latent by latent, so that a row of W is
+// read once for all its candidates, and a few columns of D at a time, so that those of all rows of x stay in cache.
+inline void rescore(ParallelFor run, int threads, RowScreen* rows, Matrix x, Matrix W, const float* bias, int64_t first,
+                    int64_t n) {
   struct Hit {
-    int32_t row, slot;
+    const float* x;
+    float* score;
   };
-  const auto begin_of = std::make_unique<int32_t[]>(W.rows + 2);
-  // Counted two places up, so that filling leaves begin_of[f] where it belongs.
-  int32_t* const next = begin_of.get() + 1;
-  const auto live = [&](int64_t r) { return rows[r].closed() ? 0 : rows[r].size; };
-  for (int64_t r = 0; r < n; ++r)
-    for (int64_t i = 0; i < live(r); ++i) ++next[rows[r].indices()[i] + 1];
-  for (int64_t f = 0; f < W.rows; ++f) next[f + 1] += next[f];
-  const auto hits = buffer<Hit>(next[W.rows]);
-  for (int64_t r = 0; r < n; ++r)
-    for (int64_t i = 0; i < live(r); ++i) hits[next[rows[r].indices()[i]]++] = {int32_t(r), int32_t(i)};
-
-  const auto x_row = [&](int64_t r) { return static_cast<const float*>(x.data) + (first + r) * x.stride; };
-  for (int64_t f = 0; f < W.rows; ++f) {
-    const float* const w = static_cast<const float*>(W.data) + f * W.stride;
-    const float b = bias ? bias[f] : 0;
-    for (int32_t h = begin_of[f]; h < begin_of[f + 1];) {
-      const float* x_rows[kDotRows];
-      float scores[kDotRows];
-      int taken = 1;
-      if (h + kDotRows <= begin_of[f + 1]) {
-        taken = kDotRows;
-        for (int i = 0; i < kDotRows; ++i) x_rows[i] = x_row(hits[h + i].row);
-        dots<kDotRows, 1>(x_rows, &w, x.cols, scores, 1);
-      } else {
-        x_rows[0] = x_row(hits[h].row);
-        dots<1, 1>(x_rows, &w, x.cols, scores, 1);
+  const int64_t tasks = std::min<int64_t>(W.rows, 2 * threads);
+  parallel(run, tasks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t from = W.rows * begin / tasks, to = W.rows * end / tasks;
+    // Candidates in the order of the latents: counted two places up, so that filling leaves begin_of[f] where it
+    // belongs.
+    const auto begin_of = std::make_unique<int64_t[]>(to - from + 2);
+    int64_t* const next = begin_of.get() + 1;
+    const auto for_each = [&](const auto& body) {
+      for (int64_t r = 0; r < n; ++r) {
+        if (rows[r].closed()) continue;
+        const int32_t *const indices = rows[r].indices(), *const last = indices + rows[r].size;
+        for (const int32_t* i = std::lower_bound(indices, last, from); i != last && *i < to; ++i)
+          body(r, *i - from, i - indices);
       }
-      for (int i = 0; i < taken; ++i, ++h) rows[hits[h].row].uppers()[hits[h].slot] = scores[i] + b;
+    };
+    for_each([&](int64_t, int64_t f, int64_t) { ++next[f + 1]; });
+    for (int64_t f = 0; f < to - from; ++f) next[f + 1] += next[f];
+    const auto hits = buffer<Hit>(next[to - from]);
+    for_each([&](int64_t r, int64_t f, int64_t slot) {
+      hits[next[f]++] = {static_cast<const float*>(x.data) + (first + r) * x.stride, rows[r].uppers() + slot};
+    });
+    for (int64_t d = 0; d < std::max<int64_t>(1, x.cols); d += kDotDepth<float>) {
+      const int64_t stop = std::min(x.cols, d + kDotDepth<float>);
+      for (int64_t f = from; f < to; ++f) {
+        const float* const w = static_cast<const float*>(W.data) + f * W.stride;
+        // The next row of W comes while this one is multiplied for the first time.
+        const float* ahead = f + 1 < to ? w + W.stride : w;
+        const auto multiply = [&]<int Rows>(int64_t h) __attribute__((always_inline)) {
+          const float* x_rows[Rows];
+          float scores[Rows];
+          for (int i = 0; i < Rows; ++i) x_rows[i] = hits[h + i].x, scores[i] = *hits[h + i].score;
+          dots<Rows, 1>(x_rows, &w, d, stop, scores, 1, ahead);
+          for (int i = 0; i < Rows; ++i) *hits[h + i].score = bias && stop == x.cols ? scores[i] + bias[f] : scores[i];
+          ahead = w;
+        };
+        int64_t h = begin_of[f - from];
+        const int64_t last = begin_of[f - from + 1];
+        for (; h + 4 <= last; h += 4) multiply.template operator()<4>(h);
+        if (h + 2 <= last) multiply.template operator()<2>(h), h += 2;
+        if (h < last) multiply.template operator()<1>(h);
+      }
     }
-  }
+  });
+}
 
-  for (int64_t r = 0; r < n; ++r) {
-    if (rows[r].dense) continue;
-    const int64_t b = first + r, width = out.width;
-    RowSelector<float> best;
-    best.start(rows[r].keys(), rows[r].indices(), rows[r].k, rows[r].size);
-    const float* const scores = rows[r].uppers();
-    // In place: the selection never holds more than it has read.
-    for (int64_t i = 0; i < live(r) && !best.closed(); ++i) best.push_one(scores[i], rows[r].indices()[i]);
-    best.finish(static_cast<float*>(out.values) + b * width, out.indices + b * width, out.counts + b, width);
-  }
+// The best of a row's candidates, whose scores are known.
+inline void write_best(RowScreen& row, int64_t b, CodesOut out) {
+  RowSelector<float> best;
+  best.start(row.keys(), row.indices(), row.k, row.size);
+  // In place: the selection never holds more than it has read.
+  for (int64_t i = 0; i < row.size && !best.closed(); ++i) best.push_one(row.uppers()[i], row.indices()[i]);
+  best.finish(static_cast<float*>(out.values) + b * out.width, out.indices + b * out.width, out.counts + b, out.width);
 }
 
 inline void pack_weight(ParallelFor run, const Bf16Units& units, Matrix W, int64_t first, int64_t n,
@@ -302,12 +322,12 @@ inline void screened_encode(ParallelFor run, int threads, const Bf16Units& units
     }
 
   // Latents in chunks: one is rounded and packed by all threads, then all rows are screened with it.
-  const int64_t room = round_up(F, 2 * kBf16Rows);
+  const int64_t room = round_up(F, 64);
   LatentBounds latents{buffer<float>(room), buffer<float>(room), buffer<float>(room), buffer<float>(room)};
   const int64_t chunk =
       packed
           ? F
-          : std::min(F, std::max<int64_t>(source.tile_cols, round_up((int64_t(1) << 21) / std::max<int64_t>(1, W.cols),
+          : std::min(F, std::max<int64_t>(source.tile_cols, round_up((int64_t(1) << 20) / std::max<int64_t>(1, W.cols),
                                                                      source.tile_cols)));
   const auto chunk_panels = buffer<uint16_t>(packed ? 0 : panels_of(chunk) * panel_size(W.cols));
   for (int64_t first = 0; first < F; first += chunk) {
@@ -328,7 +348,7 @@ inline void screened_encode(ParallelFor run, int threads, const Bf16Units& units
     for (int64_t i = 0; i < n_rows * tiling.parts; ++i)
       if (!(rows[i].residual_factor * largest < kNearOverflow)) rows[i].dense = true;
     source.W_panels = packed ? packed->panels : chunk_panels.get();
-    source.first_latent = packed ? 0 : first;
+    source.first_latent = packed ? 0 : first, source.last_latent = first + n;
     for_each_task(run, source, tiling, n_rows, first, first + n, [&](Task task, const auto& visit) {
       RowScreen* const block = &rows[task.part * n_rows + task.first];
       visit([&](int64_t r, const float* scores, int64_t cols, int64_t col) {
@@ -337,20 +357,21 @@ inline void screened_encode(ParallelFor run, int threads, const Bf16Units& units
     });
   }
 
-  // Blocks whose rows of x stay in cache.
-  const int64_t share = (n_rows + threads - 1) / threads;
-  const int64_t fit = std::max<int64_t>(16, (int64_t(3) << 17) / std::max<int64_t>(1, x.cols));
-  const int64_t block = std::min(share, fit), blocks = (n_rows + block - 1) / block;
-  parallel(run, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * block; first < std::min(n_rows, end * block); first += block) {
-      const int64_t n = std::min(block, n_rows - first);
-      for (int64_t r = first; r < first + n; ++r) {
+  // Blocks of rows whose share of x stays in cache; each reads W once.
+  for (int64_t first = 0; first < n_rows; first += kRescoredRows) {
+    const int64_t n = std::min(kRescoredRows, n_rows - first);
+    parallel(run, n, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t r = first + begin; r < first + end; ++r) {
         for (int64_t part = 1; part < tiling.parts; ++part) rows[r].merge(rows[part * n_rows + r]);
         if (!rows[r].closed()) rows[r].compact();
       }
-      rescore(&rows[first], x, W, bias, first, n, out);
-    }
-  });
+    });
+    rescore(run, threads, &rows[first], x, W, bias, first, n);
+    parallel(run, n, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t r = first + begin; r < first + end; ++r)
+        if (!rows[r].dense) write_best(rows[r], r, out);
+    });
+  }
 
   const auto dense = buffer<int64_t>(n_rows);
   int64_t n_dense = 0;

@@ -116,9 +116,21 @@ struct RowSelector {
         if (closed()) return;
         mask = mask_block(scores, ScalarLimit<A>{floor}, i);
       }
-      for (; mask; mask &= mask - 1) {
-        const int j = __builtin_ctzll(mask);
-        append(to_key(widen(scores[i + j])), int32_t(first_index + i + j));
+      if constexpr (std::is_same_v<A, float>) {
+        for (int j = 0; mask; j += kLanes<A>, mask >>= kLanes<A>) {
+          const uint64_t some = mask & ((uint64_t(1) << kLanes<A>)-1);
+          if (!some) continue;
+          const Vector<A> score = load(scores + i + j);
+          const auto nan = score != score;
+          store_packed(keys + size, (nan & kNanKey<A>) | (~nan & (typename VectorOf<A>::bits)score), some);
+          store_packed(indices + size, iota() + int32_t(first_index + i + j), some);
+          size += __builtin_popcountll(some);
+        }
+      } else {
+        for (; mask; mask &= mask - 1) {
+          const int j = __builtin_ctzll(mask);
+          append(to_key(widen(scores[i + j])), int32_t(first_index + i + j));
+        }
       }
     }
     if (i < n && size + 64 > capacity) compact();

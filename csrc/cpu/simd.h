@@ -130,6 +130,45 @@ AKSAE_INLINE uint64_t mask_not_le(Vector<double> v, Vector<double> limit) {
 #endif
 }
 
+// Memory for n numbers, not initialised, at the start of a cache line: tiles that straddle two cost twice.
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class A>
+using Buffer = std::unique_ptr<A[], Free>;
+template <class A>
+Buffer<A> buffer(int64_t n) {
+  void* const p = std::aligned_alloc(64, (n * sizeof(A) + 64) / 64 * 64);
+  if (!p) throw std::bad_alloc();
+  return Buffer<A>(static_cast<A*>(p));
+}
+
+template <class T>
+AKSAE_INLINE void prefetch(const T* p, int64_t n) {
+  for (int64_t byte = 0; byte < n * int64_t(sizeof(T)); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
+}
+
+// 0, 1, 2, ...
+AKSAE_INLINE VectorOf<float>::bits iota() {
+  VectorOf<float>::bits v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = i;
+  return v;
+}
+
+// Writes the lanes that mask names next to each other; what follows them, up to a whole vector, is overwritten.
+template <class E, class V>
+AKSAE_INLINE void store_packed(E* p, V v, uint64_t mask) {
+  static_assert(sizeof(E) == 4 && sizeof(V) == kVectorBytes);
+#if AKSAE_ISA_LEVEL == 512
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(__mmask16(mask), (__m512i)v));
+#else
+  E lanes[kLanes<float>];
+  __builtin_memcpy(lanes, &v, sizeof v);
+  for (; mask; mask &= mask - 1) *p++ = lanes[__builtin_ctzll(mask)];
+#endif
+}
+
 // body(begin, end) over [0, n) on several threads.
 template <class Body>
 AKSAE_INLINE void parallel(ParallelFor run, int64_t n, int64_t grain, const Body& body) {

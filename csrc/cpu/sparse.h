@@ -12,12 +12,6 @@ template <class A>
 constexpr int64_t kSlice = kSliceVectors * kLanes<A>;
 constexpr int64_t kPrefetchDistance = 6;
 
-template <class T>
-AKSAE_INLINE void prefetch(const T* p, int64_t n) {
-  for (int64_t byte = 0; byte < n * int64_t(sizeof(T)); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
-}
-
 // Terms of n that are added up in a row before their sum joins the others: two levels of about sqrt(n) terms lose far
 // less than one long chain.
 AKSAE_INLINE int64_t run_length(int64_t n) { return std::max<int64_t>(16, int64_t(std::sqrt(double(n)))); }

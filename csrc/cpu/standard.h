@@ -10,8 +10,10 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 #include "../kernels.h"
