@@ -73,7 +73,7 @@ _define("scatter_codes", f"{_CODES}, SymInt d_sae", "Tensor")
 _define(
     "adam_step_",
     "Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad_scale, int step, float lr, "
-    "float beta1, float beta2, float eps, bool unit_norm_rows",
+    "float beta1, float beta2, float eps, bool unit_norm_rows, bool lazy",
     "()",
 )
 
@@ -145,7 +145,7 @@ def _(values, indices, counts, d_sae, backend):
 
 
 @_fake("adam_step_")
-def _(param, grad, exp_avg, exp_avg_sq, grad_scale, step, lr, beta1, beta2, eps, unit_norm_rows, backend):
+def _(param, grad, exp_avg, exp_avg_sq, grad_scale, step, lr, beta1, beta2, eps, unit_norm_rows, lazy, backend):
     return None
 
 
@@ -490,6 +490,7 @@ def adam_step(
     eps: float,
     grad_scale: Tensor | None,
     unit_norm_rows: bool,
+    lazy: bool,
 ) -> None:
     """One in-place Adam step of `optim.SAEAdam`, which says what it computes.
 
@@ -499,6 +500,7 @@ def adam_step(
         exp_avg, exp_avg_sq: the moments, in the accumulation dtype.
         step: 1 for the first step.
         grad_scale: 0-dim tensor the gradient is multiplied with; None for 1.
+        lazy: leave rows of a matrix whose gradient is 0 throughout as they are.
     """
     if grad_scale is None:
         grad_scale = torch.ones((), dtype=exp_avg.dtype, device=param.device)
@@ -516,6 +518,7 @@ def adam_step(
         *betas,
         eps,
         unit_norm_rows,
+        lazy,
         dispatch.requested(),
     )
     for tensor, updated in zip(state, rows):

@@ -25,8 +25,14 @@ class SAEAdam(torch.optim.Optimizer):
     Other groups do the two middle lines. Moments are held in fp32 (fp64 for fp64 weights); the update is rounded once
     to the weight's dtype. On the `cpu` backend all lines of a row run while it is in cache.
 
+    For a group with `lazy=True` a step leaves out the latents that did not fire: a row of a matrix `[F, D]` whose
+    gradient is 0 throughout keeps its weights and its moments. That saves reading and writing them, and it is another
+    optimizer than Adam, for which such a row goes on moving by its momentum while its moments decay; the step count in
+    the bias correction is that of the parameter, not of the row. Parameters that are not matrices take every step.
+
     Args:
-        params: parameters, or groups with the keys `params`, and optionally `lr`, `betas`, `eps`, `unit_norm_rows`.
+        params: parameters, or groups with the keys `params`, and optionally `lr`, `betas`, `eps`, `unit_norm_rows`,
+            `lazy`.
         lr, betas, eps: as in `torch.optim.Adam`.
         max_grad_norm: clip by the global norm (over all groups); None for no clipping. `last_grad_norm` then holds the
             norm before clipping, as a 0-dim tensor, after each step. A NaN or infinite norm makes the update NaN: a
@@ -49,7 +55,8 @@ class SAEAdam(torch.optim.Optimizer):
     ):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "unit_norm_rows": False, "max_grad_norm": max_grad_norm}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "unit_norm_rows": False, "lazy": False}
+        defaults["max_grad_norm"] = max_grad_norm
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -116,6 +123,8 @@ class SAEAdam(torch.optim.Optimizer):
             eps=group["eps"],
             grad_scale=None if scale is None else scale.to(param.device),
             unit_norm_rows=group["unit_norm_rows"],
+            # The latents of a matrix [F, D]; a vector has no rows to leave out.
+            lazy=group["lazy"] and param.ndim == 2,
         )
 
     def _grad_norm(self) -> Tensor:

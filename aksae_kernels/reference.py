@@ -133,7 +133,11 @@ def adam_step_(
     beta2: float,
     eps: float,
     unit_norm_rows: bool,
+    lazy: bool,
 ) -> None:
+    # Rows that sit the step out; a factor that is not finite must reach all of them.
+    idle = ((grad == 0).all(-1, keepdim=True) & grad_scale.isfinite()) if lazy else None
+    before = [tensor.clone() for tensor in (param, exp_avg, exp_avg_sq)] if lazy else []
     weight = param.to(exp_avg.dtype)
     grad = grad.to(exp_avg.dtype)
     if unit_norm_rows:
@@ -147,6 +151,8 @@ def adam_step_(
         norm = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
         weight = weight / torch.where(norm > 0, norm, 1)
     param.copy_(weight)
+    for tensor, old in zip((param, exp_avg, exp_avg_sq), before):
+        tensor.copy_(torch.where(idle, old, tensor))
 
 
 def _full_precision() -> bool:

@@ -191,7 +191,7 @@ void scatter_codes(const Tensor& values, const Tensor& indices, const Tensor& co
 }
 
 void adam_step(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, int64_t step,
-               double lr, double beta1, double beta2, double eps, double grad_scale, bool unit_norm_rows) {
+               double lr, double beta1, double beta2, double eps, double grad_scale, bool unit_norm_rows, bool lazy) {
   const auto type = param.scalar_type(), acc = acc_type(param);
   STD_TORCH_CHECK(param.dim() == 2, "aksae_cpu: param must be a matrix");
   const int64_t rows = param.size(0), cols = param.size(1);
@@ -200,7 +200,7 @@ void adam_step(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, c
   check(exp_avg, "exp_avg", acc, {rows, cols});
   check(exp_avg_sq, "exp_avg_sq", acc, {rows, cols});
   kernels().adam_step(run_parallel, dtype_of(param), rows, cols, param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(),
-                      exp_avg_sq.data_ptr(), {step, lr, beta1, beta2, eps, grad_scale, unit_norm_rows});
+                      exp_avg_sq.data_ptr(), {step, lr, beta1, beta2, eps, grad_scale, unit_norm_rows, lazy});
 }
 
 int64_t first_bad_row(const Tensor& indices, const Tensor& counts, int64_t d_sae) {
@@ -233,7 +233,7 @@ STABLE_TORCH_LIBRARY(aksae_cpu, m) {
   m.def("scatter_codes(Tensor values, Tensor indices, Tensor counts, Tensor(a!) dense) -> ()");
   m.def(
       "adam_step(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, int step, float lr, "
-      "float beta1, float beta2, float eps, float grad_scale, bool unit_norm_rows) -> ()");
+      "float beta1, float beta2, float eps, float grad_scale, bool unit_norm_rows, bool lazy) -> ()");
   m.def("first_bad_row(Tensor indices, Tensor counts, int d_sae) -> int");
   m.def("isa() -> str");
 }

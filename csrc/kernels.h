@@ -39,7 +39,7 @@ struct PackedWeight {
 struct AdamStep {
   int64_t step;  // 1 for the first
   double lr, beta1, beta2, eps, grad_scale;
-  bool unit_norm_rows;
+  bool unit_norm_rows, lazy;
 };
 
 // Calls body(closure, begin, end) on disjoint ranges that cover [0, n), on several threads; grain is the least range.

@@ -145,9 +145,21 @@ def adam_step_(
     beta2: float,
     eps: float,
     unit_norm_rows: bool,
+    lazy: bool,
 ) -> None:
     torch.ops.aksae_cpu.adam_step(
-        param, grad.contiguous(), exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, float(grad_scale), unit_norm_rows
+        param,
+        grad.contiguous(),
+        exp_avg,
+        exp_avg_sq,
+        step,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        float(grad_scale),
+        unit_norm_rows,
+        lazy,
     )
     # Autograd must notice that weights saved by an older graph are gone.
     torch.autograd.graph.increment_version((param, exp_avg, exp_avg_sq))

@@ -1,15 +1,7 @@
-#include "bf16_units.h"
+#include "standard.h"
 
 #if defined(__x86_64__)
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 takes the undefined vectors of its own intrinsics for a mistake.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
 #include <cpuid.h>
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cmath>
 #include <cstring>
 #if defined(__linux__)
 #include <sys/syscall.h>

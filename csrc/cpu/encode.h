@@ -127,51 +127,9 @@ struct GemmScores {
 
 // -------------------------------------------------------------------------------------------------- few rows
 //
-// Rows of x and W as they lie in memory, whole vectors of D at a time: no packing to pay for. A score is the sum of two
-// chains of vectors, even and odd, their lanes added pairwise, then the last columns one by one; for every kDotDepth
-// columns of D, in order, then the bias. 512 rows of that many columns fit a second-level cache.
+// Rows of x and W as they lie in memory: no packing to pay for. A score is a dot product, then the bias.
 
 constexpr int kDotRows = AKSAE_ISA_LEVEL == 512 ? 4 : 2;
-template <class A>
-constexpr int64_t kDotDepth = 48 * kLanes<A>;
-
-// scores[i * stride + j] = <x[i], w[j]> over columns [first, last), at most kDotDepth of them; added to the scores
-// unless first is 0. The same columns of `ahead` are brought into cache meanwhile.
-template <int Rows, int Latents, class T>
-AKSAE_INLINE void dots(const T* const* x, const T* const* w, int64_t first, int64_t last, Acc<T>* scores,
-                       int64_t stride, const T* ahead) {
-  using A = Acc<T>;
-  constexpr int kStep = 2 * kLanes<A>;
-  Vector<A> acc[Rows][Latents][2];
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < Latents; ++j) acc[i][j][0] = acc[i][j][1] = Vector<A>{};
-  int64_t d = first;
-  const auto step = [&](int chain, int64_t at) __attribute__((always_inline)) {
-    __builtin_prefetch(ahead + at);
-    Vector<A> rows[Rows];
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) rows[i] = load(x[i] + at);
-#pragma GCC unroll 8
-    for (int j = 0; j < Latents; ++j) {
-      const Vector<A> latent = load(w[j] + at);
-#pragma GCC unroll 8
-      for (int i = 0; i < Rows; ++i) acc[i][j][chain] += rows[i] * latent;
-    }
-  };
-  for (; d + kStep <= last; d += kStep) step(0, d), step(1, d + kLanes<A>);
-  for (; d + kLanes<A> <= last; d += kLanes<A>) step(0, d);
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < Latents; ++j) {
-      A sum = sum_lanes<A>(acc[i][j][0] + acc[i][j][1]);
-      for (int64_t t = d; t < last; ++t) sum = std::fma(widen(x[i][t]), widen(w[j][t]), sum);
-      A& score = scores[i * stride + j];
-      score = first ? score + sum : sum;
-    }
-}
 
 template <class T>
 struct DotScores {
@@ -219,11 +177,11 @@ struct DotScores {
       int64_t j = 0;
       for (; j + kLatents <= s.cols; j += kLatents) {
         for (int l = 0; l < kLatents; ++l) w[l] = static_cast<const T*>(W.data) + (s.col + j + l) * W.stride;
-        dots<Rows, kLatents>(x_rows, w, first, last, out + j, tile_cols, w[0] + kLatents * W.stride);
+        dots<Rows, kLatents>(x_rows, w, first, last, out + j, tile_cols, [](int64_t) {});
       }
       for (; j < s.cols; ++j) {
         w[0] = static_cast<const T*>(W.data) + (s.col + j) * W.stride;
-        dots<Rows, 1>(x_rows, w, first, last, out + j, tile_cols, w[0] + W.stride);
+        dots<Rows, 1>(x_rows, w, first, last, out + j, tile_cols, [](int64_t) {});
       }
     }
   }

@@ -5,6 +5,7 @@ namespace aksae::AKSAE_ISA {
 namespace {
 
 #include "simd.h"
+#include "dot.h"
 #include "select.h"
 #include "encode.h"
 #include "screen.h"

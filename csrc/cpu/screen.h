@@ -264,7 +264,7 @@ inline void rescore(ParallelFor run, int threads, RowScreen* rows, Matrix x, Mat
           const float* x_rows[Rows];
           float scores[Rows];
           for (int i = 0; i < Rows; ++i) x_rows[i] = hits[h + i].x, scores[i] = *hits[h + i].score;
-          dots<Rows, 1>(x_rows, &w, d, stop, scores, 1, ahead);
+          dots<Rows, 1>(x_rows, &w, d, stop, scores, 1, [&](int64_t at) { __builtin_prefetch(ahead + at); });
           for (int i = 0; i < Rows; ++i) *hits[h + i].score = bias && stop == x.cols ? scores[i] + bias[f] : scores[i];
           ahead = w;
         };

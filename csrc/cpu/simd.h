@@ -88,6 +88,29 @@ AKSAE_INLINE void store(bf16* p, Vector<float> v) {
   __builtin_memcpy(p, &half, sizeof half);
 }
 
+AKSAE_INLINE float square_root(float x) { return std::sqrt(x); }
+AKSAE_INLINE double square_root(double x) { return std::sqrt(x); }
+AKSAE_INLINE Vector<float> square_root(Vector<float> v) {
+#if AKSAE_ISA_LEVEL == 512
+  return (Vector<float>)_mm512_sqrt_ps((__m512)v);
+#elif AKSAE_ISA_LEVEL == 2
+  return (Vector<float>)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+AKSAE_INLINE Vector<double> square_root(Vector<double> v) {
+#if AKSAE_ISA_LEVEL == 512
+  return (Vector<double>)_mm512_sqrt_pd((__m512d)v);
+#elif AKSAE_ISA_LEVEL == 2
+  return (Vector<double>)_mm256_sqrt_pd((__m256d)v);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
 template <class A>
 AKSAE_INLINE A sum_lanes(Vector<A> v) {
   // Halves are added pairwise: the order of the lanes is fixed.
@@ -141,6 +164,18 @@ Buffer<A> buffer(int64_t n) {
   void* const p = std::aligned_alloc(64, (n * sizeof(A) + 64) / 64 * 64);
   if (!p) throw std::bad_alloc();
   return Buffer<A>(static_cast<A*>(p));
+}
+
+// Memory that nobody has touched comes page by page; in large pages it comes three times as fast. A mere hint.
+inline void prefer_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t(1) << 21;
+  const uintptr_t begin = (uintptr_t(memory) + kPage - 1) / kPage * kPage,
+                  end = (uintptr_t(memory) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
 }
 
 template <class T>

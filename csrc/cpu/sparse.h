@@ -2,9 +2,9 @@
 //
 // Rows of W are gathered in slices of kSlice columns whose sums stay in registers; the next rows are prefetched.
 
-// Vectors of one slice: 256 fp32 columns with AVX-512.
+// Vectors of one slice: 384 fp32 columns with AVX-512.
 #if AKSAE_ISA_LEVEL == 512
-constexpr int kSliceVectors = 16;
+constexpr int kSliceVectors = 24;
 #else
 constexpr int kSliceVectors = 8;
 #endif
@@ -27,16 +27,16 @@ AKSAE_INLINE void sum_pieces(int64_t n, int64_t cols, const Weight& weight, cons
     const int64_t last = std::min(n, first + run);
     if (cols == kSlice<A>) {
       Vector<A> acc[kSliceVectors];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
       for (int v = 0; v < kSliceVectors; ++v) acc[v] = Vector<A>{};
       for (int64_t j = first; j < last; ++j) {
         if (j + kPrefetchDistance < n) prefetch(piece(j + kPrefetchDistance), kSlice<A>);
         const Vector<A> w = splat(weight(j));
         const T* p = piece(j);
-#pragma GCC unroll 16
+#pragma GCC unroll 24
         for (int v = 0; v < kSliceVectors; ++v) acc[v] += w * load(p + v * kLanes<A>);
       }
-#pragma GCC unroll 16
+#pragma GCC unroll 24
       for (int v = 0; v < kSliceVectors; ++v) store(out + v * kLanes<A>, load(out + v * kLanes<A>) + acc[v]);
       continue;
     }
@@ -53,22 +53,6 @@ AKSAE_INLINE void sum_pieces(int64_t n, int64_t cols, const Weight& weight, cons
       out[d] += acc;
     }
   }
-}
-
-// <a, piece> over cols columns, four chains of vectors.
-template <class T>
-AKSAE_INLINE Acc<T> dot(const Acc<T>* a, const T* piece, int64_t cols) {
-  using A = Acc<T>;
-  constexpr int kChains = 4;
-  Vector<A> acc[kChains]{};
-  int64_t d = 0;
-  for (; d + kChains * kLanes<A> <= cols; d += kChains * kLanes<A>)
-#pragma GCC unroll 4
-    for (int c = 0; c < kChains; ++c) acc[c] += load(a + d + c * kLanes<A>) * load(piece + d + c * kLanes<A>);
-  for (; d + kLanes<A> <= cols; d += kLanes<A>) acc[0] += load(a + d) * load(piece + d);
-  A total = sum_lanes<A>((acc[0] + acc[1]) + (acc[2] + acc[3]));
-  for (; d < cols; ++d) total = std::fma(a[d], widen(piece[d]), total);
-  return total;
 }
 
 template <class T>
@@ -112,6 +96,23 @@ void sparse_decode(ParallelFor run, Codes codes, Matrix W, const void* b, void* 
   });
 }
 
+// out[j] += <slice, W[indices[j]]> over columns [d, d + cols).
+template <class T>
+AKSAE_INLINE void add_dots(const CodeRow<T>& row, const Matrix& W, int64_t d, int64_t cols, const Acc<T>* slice,
+                           Acc<T>* out) {
+  constexpr int kPieces = 4;
+  const auto some = [&]<int Pieces>(int64_t j) __attribute__((always_inline)) {
+    const T* pieces[Pieces];
+    Acc<T> sums[Pieces];
+    for (int i = 0; i < Pieces; ++i) pieces[i] = matrix_row<T>(W, row.indices[j + i]) + d;
+    dots<Pieces, 1>(pieces, &slice, 0, cols, sums, 1, [](int64_t) {});
+    for (int i = 0; i < Pieces; ++i) out[j + i] += sums[i];
+  };
+  int64_t j = 0;
+  for (; j + kPieces <= row.count; j += kPieces) some.template operator()<kPieces>(j);
+  for (; j < row.count; ++j) some.template operator()<1>(j);
+}
+
 // The pieces of a slice are read a second time while they are in cache, for their products with the residual.
 template <class T>
 void decode_mse(ParallelFor run, Codes codes, Matrix W, const void* b, Matrix target, void* loss, void* residual,
@@ -121,19 +122,17 @@ void decode_mse(ParallelFor run, Codes codes, Matrix W, const void* b, Matrix ta
     alignas(64) A slice[kSlice<A>];
     for (int64_t row = begin; row < end; ++row) {
       const CodeRow<T> code = code_row<T>(codes, row);
-      A* const dots = value_grad ? static_cast<A*>(value_grad) + row * codes.width : nullptr;
-      if (dots) std::fill_n(dots, codes.width, A(0));
+      A* const value_grads = value_grad ? static_cast<A*>(value_grad) + row * codes.width : nullptr;
+      if (value_grads) std::fill_n(value_grads, codes.width, A(0));
       A total = 0;
       for (int64_t d = 0; d < W.cols; d += kSlice<A>) {
         const int64_t cols = std::min(kSlice<A>, W.cols - d);
         decode_slice(code, W, static_cast<const T*>(b), d, cols, slice);
         const T* const wanted = matrix_row<T>(target, row) + d;
         for (int64_t i = 0; i < cols; ++i) slice[i] -= widen(wanted[i]);
-        total += dot<A>(slice, slice, cols);
+        total += dot(slice, slice, cols);
         if (residual) std::copy_n(slice, cols, static_cast<A*>(residual) + row * W.cols + d);
-        if (dots)
-          for (int64_t j = 0; j < code.count; ++j)
-            dots[j] += dot<T>(slice, matrix_row<T>(W, code.indices[j]) + d, cols);
+        if (value_grads) add_dots<T>(code, W, d, cols, slice, value_grads);
       }
       static_cast<A*>(loss)[row] = total;
     }
@@ -144,16 +143,18 @@ template <class T>
 void sparse_value_grad(ParallelFor run, Codes pattern, Matrix grad, Matrix W, void* out) {
   using A = Acc<T>;
   parallel(run, pattern.rows, 4, [&](int64_t begin, int64_t end) {
-    const auto wide = std::make_unique_for_overwrite<A[]>(grad.cols);
+    alignas(64) A slice[kSlice<A>];
+    const auto sums = buffer<A>(pattern.width);
     for (int64_t row = begin; row < end; ++row) {
       const CodeRow<T> code = code_row<T>(pattern, row);
-      const T* const g = matrix_row<T>(grad, row);
-      for (int64_t d = 0; d < grad.cols; ++d) wide[d] = widen(g[d]);
-      T* const dots = static_cast<T*>(out) + row * pattern.width;
-      for (int64_t j = 0; j < code.count; ++j) {
-        if (j + 1 < code.count) prefetch(matrix_row<T>(W, code.indices[j + 1]), std::min<int64_t>(grad.cols, 512));
-        narrow(dot<T>(wide.get(), matrix_row<T>(W, code.indices[j]), grad.cols), dots[j]);
+      std::fill_n(sums.get(), code.count, A(0));
+      for (int64_t d = 0; d < grad.cols; d += kSlice<A>) {
+        const int64_t cols = std::min(kSlice<A>, grad.cols - d);
+        for (int64_t i = 0; i < cols; ++i) slice[i] = widen(matrix_row<T>(grad, row)[d + i]);
+        add_dots<T>(code, W, d, cols, slice, sums.get());
       }
+      T* const dots = static_cast<T*>(out) + row * pattern.width;
+      for (int64_t j = 0; j < code.count; ++j) narrow(sums[j], dots[j]);
       std::fill(dots + code.count, dots + pattern.width, T{});
     }
   });
@@ -193,6 +194,7 @@ Columns<Acc<T>> by_latent(const Codes& codes, int64_t d_sae) {
 template <class T>
 void sparse_weight_grad(ParallelFor run, Codes codes, Matrix dense, int64_t d_sae, void* grad, void* sums) {
   using A = Acc<T>;
+  prefer_large_pages(grad, d_sae * dense.cols * int64_t(sizeof(T)));
   const Columns<A> columns = by_latent<T>(codes, d_sae);
   // Tasks hold about equal work, a hit or the store of a row counting as one: a few latents may have most of the hits.
   const auto work_before = [&](int64_t f) { return columns.first[f] + f; };
