@@ -40,7 +40,8 @@ AKSAE_INLINE int64_t count_above(const K* keys, int64_t n, K bound) {
 // or above it (unless fewer than k are above low: then it is low).
 template <class K>
 K best_bound(const K* keys, int64_t n, int64_t k, K low) {
-  K high = std::numeric_limits<K>::max();
+  K high = low;
+  for (int64_t i = 0; i < n; ++i) high = std::max(high, keys[i]);
   while (low < high) {
     const K middle = low + (high - low) / 2;
     const int64_t above = count_above(keys, n, middle);
@@ -85,6 +86,9 @@ AKSAE_INLINE void for_each_hit(const T* scores, int64_t n, const Limit& limit, c
     if (!(widen(scores[i]) <= limit.one(i))) hit(i);
 }
 
+// Scores that come from memory are fetched that far ahead of their use.
+constexpr int64_t kScoresAhead = 1024;
+
 // The k best scores of a row seen so far, in index order, in a buffer of room(k, F) entries that is compacted when it
 // fills up. It cannot overflow and drops nothing that could still win.
 template <class A>
@@ -107,8 +111,10 @@ struct RowSelector {
   template <class T>
   void push(const T* scores, int64_t n, int64_t first_index) {
     if (closed()) return;
+    if (size == 0 && floor == 0) seed(scores, n);
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
+      prefetch(scores + i + kScoresAhead, 64);
       uint64_t mask = mask_block(scores, ScalarLimit<A>{floor}, i);
       if (!mask) continue;
       if (size + 64 > capacity) {
@@ -157,8 +163,22 @@ struct RowSelector {
     if (size <= k) return;
     const Key<A> low = best_bound(keys, size, k, to_key(floor));
     int64_t from_ties = k - count_above(keys, size, low);
-    int64_t kept = 0;
-    for (int64_t i = 0; i < size; ++i) {
+    int64_t kept = 0, i = 0;
+    if constexpr (std::is_same_v<A, float>) {
+      // Whole vectors, until one of them holds more ties than are missing.
+      for (; i + kLanes<A> <= size; i += kLanes<A>) {
+        typename VectorOf<A>::bits key, index;
+        __builtin_memcpy(&key, keys + i, sizeof key);
+        __builtin_memcpy(&index, indices + i, sizeof index);
+        const uint64_t above = mask_of(key > low), ties = mask_of(key == low);
+        if (__builtin_popcountll(ties) > from_ties) break;
+        store_packed(keys + kept, key, above | ties);
+        store_packed(indices + kept, index, above | ties);
+        from_ties -= __builtin_popcountll(ties);
+        kept += __builtin_popcountll(above | ties);
+      }
+    }
+    for (; i < size; ++i) {
       const Key<A> key = keys[i];
       const int32_t index = indices[i];
       const bool tie = key == low && from_ties > 0;
@@ -187,6 +207,25 @@ struct RowSelector {
   }
 
  private:
+  // A floor to begin with: at least k scores are at or above the k-th largest of the maxima of disjoint groups. Group g
+  // holds every `groups`-th score from g on.
+  template <class T>
+  void seed(const T* scores, int64_t n) {
+    constexpr int64_t kSeen = 8192;  // what is read twice stays in cache
+    const int64_t groups = 2 * k / kLanes<A> * kLanes<A>, size_of_group = groups > k ? std::min(n, kSeen) / groups : 0;
+    if (size_of_group < 2) return;
+    // In the buffer of keys, since scores above 0 order like their bits; NaN counts as nothing.
+    A* const maxima = reinterpret_cast<A*>(keys);
+    std::fill_n(keys, groups, Key<A>(0));
+    for (int64_t first = 0; first < size_of_group * groups; first += groups)
+      for (int64_t g = 0; g < groups; g += kLanes<A>) {
+        __builtin_prefetch(scores + first + g + kScoresAhead);
+        const Vector<A> score = load(scores + first + g), largest = load(maxima + g);
+        store(maxima + g, score > largest ? score : largest);
+      }
+    const Key<A> bound = best_bound(keys, groups, k, Key<A>(0));
+    if (bound > 0) floor = to_score<A>(bound - 1);
+  }
   AKSAE_INLINE void append(Key<A> key, int32_t index) {
     keys[size] = key;
     indices[size] = index;
@@ -308,7 +347,7 @@ void select_rows(ParallelFor run, int threads, const Source& source, int64_t n_r
 template <class T>
 struct StoredScores {
   Matrix scores;
-  int64_t block_rows = 8, panel_rows = 8, tile_cols = 8192;
+  int64_t block_rows = 1, panel_rows = 1, tile_cols = 8192;
 
   struct Scratch {
     const T* tile;

@@ -204,6 +204,19 @@ AKSAE_INLINE void store_packed(E* p, V v, uint64_t mask) {
 #endif
 }
 
+// Bit i is set where lane i of the comparison's result is.
+AKSAE_INLINE uint64_t mask_of(VectorOf<float>::bits v) {
+#if AKSAE_ISA_LEVEL == 512
+  return _mm512_movepi32_mask((__m512i)v);
+#elif AKSAE_ISA_LEVEL == 2
+  return uint32_t(_mm256_movemask_ps((__m256)v));
+#else
+  uint64_t mask = 0;
+  for (int i = 0; i < kLanes<float>; ++i) mask |= uint64_t(v[i] & 1) << i;
+  return mask;
+#endif
+}
+
 // body(begin, end) over [0, n) on several threads.
 template <class Body>
 AKSAE_INLINE void parallel(ParallelFor run, int64_t n, int64_t grain, const Body& body) {
