@@ -2,6 +2,7 @@
 
 from .codes import SparseCodes
 from .dispatch import available_backends, use_backend
+from .kept import frozen
 from .ops import (
     batch_topk_select,
     decode_mse,
@@ -20,6 +21,7 @@ __all__ = [
     "batch_topk_select",
     "decode_mse",
     "explain",
+    "frozen",
     "sparse_decode",
     "sparse_value_grad",
     "sparse_weight_grad",

@@ -109,13 +109,36 @@ void topk_select(const Tensor& pre_acts, const Tensor& k, const Tensor& values, 
                         codes_out(values, indices, counts, type, scores.rows));
 }
 
-void topk_encode(const Tensor& x, const Tensor& W_enc, const std::optional<Tensor>& b_enc, const Tensor& k,
+// Numbers in the packed copy of an fp32 weight; 0 where there are no units to multiply it.
+int64_t packed_size(int64_t rows, int64_t cols) {
+  return cpu().bf16_units ? aksae::panels_of(rows) * aksae::panel_size(cols) : 0;
+}
+
+aksae::PackedWeight packed_weight(const Tensor& panels, const Tensor& norms, const aksae::Matrix& W) {
+  const int64_t rows = aksae::panels_of(W.rows) * aksae::kBf16Rows;
+  STD_TORCH_CHECK(cpu().bf16_units, "aksae_cpu: this machine has no bf16 units");
+  check(panels, "panels", ScalarType::BFloat16, {packed_size(W.rows, W.cols)});
+  check(norms, "norms", ScalarType::Float, {2, rows});
+  float* const data = static_cast<float*>(norms.data_ptr());
+  return {static_cast<uint16_t*>(panels.data_ptr()), data, data + rows};
+}
+
+void pack_weight(const Tensor& W_enc, const Tensor& panels, const Tensor& norms) {
+  const auto weight = matrix(W_enc, "W_enc", ScalarType::Float);
+  const auto packed = packed_weight(panels, norms, weight);
+  kernels().pack_weight(run_parallel, *cpu().bf16_units, weight, 0, weight.rows, packed);
+}
+
+void topk_encode(const Tensor& x, const Tensor& W_enc, const std::optional<Tensor>& b_enc,
+                 const std::optional<Tensor>& panels, const std::optional<Tensor>& norms, const Tensor& k,
                  const Tensor& values, const Tensor& indices, const Tensor& counts) {
   const auto type = x.scalar_type();
   const auto rows = matrix(x, "x", type), weight = matrix(W_enc, "W_enc", type);
   STD_TORCH_CHECK(rows.cols == weight.cols, "aksae_cpu: x and W_enc must have the same number of columns");
+  std::optional<aksae::PackedWeight> packed;
+  if (panels && norms && type == ScalarType::Float) packed = packed_weight(*panels, *norms, weight);
   kernels().topk_encode(run_parallel, dtype_of(x), threads(), cpu().bf16_units, rows, weight,
-                        vector(b_enc, "b_enc", type, weight.rows), nullptr, row_k(k, rows.rows),
+                        vector(b_enc, "b_enc", type, weight.rows), packed ? &*packed : nullptr, row_k(k, rows.rows),
                         codes_out(values, indices, counts, type, rows.rows));
 }
 
@@ -214,8 +237,10 @@ std::string isa() { return cpu().isa; }
 STABLE_TORCH_LIBRARY(aksae_cpu, m) {
   m.def("topk_select(Tensor pre_acts, Tensor k, Tensor(a!) values, Tensor(b!) indices, Tensor(c!) counts) -> ()");
   m.def(
-      "topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor k, Tensor(a!) values, Tensor(b!) indices, "
-      "Tensor(c!) counts) -> ()");
+      "topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? panels, Tensor? norms, Tensor k, "
+      "Tensor(a!) values, Tensor(b!) indices, Tensor(c!) counts) -> ()");
+  m.def("pack_weight(Tensor W_enc, Tensor(a!) panels, Tensor(b!) norms) -> ()");
+  m.def("packed_size(int rows, int cols) -> int");
   m.def(
       "batch_topk_select(Tensor pre_acts, int budget, Tensor(a!) values, Tensor(b!) indices, Tensor(c!) counts) -> "
       "int");
@@ -241,6 +266,7 @@ STABLE_TORCH_LIBRARY(aksae_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(aksae_cpu, CPU, m) {
   m.impl("topk_select", TORCH_BOX(&topk_select));
   m.impl("topk_encode", TORCH_BOX(&topk_encode));
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
   m.impl("batch_topk_select", TORCH_BOX(&batch_topk_select));
   m.impl("threshold_select", TORCH_BOX(&threshold_select));
   m.impl("sparse_decode", TORCH_BOX(&sparse_decode));
@@ -252,5 +278,8 @@ STABLE_TORCH_LIBRARY_IMPL(aksae_cpu, CPU, m) {
   m.impl("first_bad_row", TORCH_BOX(&first_bad_row));
 }
 
-// Takes no tensor that could choose a key.
-STABLE_TORCH_LIBRARY_IMPL(aksae_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
+// They take no tensor that could choose a key.
+STABLE_TORCH_LIBRARY_IMPL(aksae_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("packed_size", TORCH_BOX(&packed_size));
+}

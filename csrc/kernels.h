@@ -29,8 +29,14 @@ struct CodesOut {
   int64_t rows, width;
 };
 
-// Rows of a weight, rounded to bf16 and packed for `Bf16Units`, with |row| and |row - rounded row|.
+// Operands of bf16 units are packed in panels of 16 rows and blocks of 32 columns, padded with zeros; panels go in
+// pairs.
 struct Bf16Units;
+constexpr int64_t kBf16Rows = 16, kBf16Cols = 32;
+constexpr int64_t panels_of(int64_t rows) { return (rows + 2 * kBf16Rows - 1) / (2 * kBf16Rows) * 2; }
+constexpr int64_t panel_size(int64_t cols) { return (cols + kBf16Cols - 1) / kBf16Cols * kBf16Cols * kBf16Rows; }
+
+// Rows of a weight, rounded to bf16 and packed, with |row| and |row - rounded row|.
 struct PackedWeight {
   uint16_t* panels;
   float *norms, *residuals;

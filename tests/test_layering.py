@@ -24,6 +24,7 @@ PUBLIC = {
     "batch_topk_select",
     "decode_mse",
     "explain",
+    "frozen",
     "sparse_decode",
     "sparse_value_grad",
     "sparse_weight_grad",
@@ -34,15 +35,16 @@ PUBLIC = {
 }
 # What a module of aksae_kernels may import from the package, and beyond torch and the standard library.
 SIBLINGS = {
-    "__init__": {"codes", "dispatch", "ops"},
+    "__init__": {"codes", "dispatch", "kept", "ops"},
     "codes": set(),
     "dispatch": set(),
+    "kept": set(),
     "reference": {"codes"},
     "testing": {"codes"},
     "ops": {"reference", "dispatch", "codes"},
     "layers": {"codes", "ops"},
     "optim": {"codes", "ops"},
-    "backends": {"dispatch", "codes"},
+    "backends": {"dispatch", "codes", "kept"},
     "integrations": {"", "layers", "optim"},
 }
 THIRD_PARTY = {"backends": {"triton"}}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..codes import SparseCodes, acc_dtype, raise_for_codes
+from ..kept import prepared
 
 _PACKAGE = Path(__file__).parent.parent
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -55,7 +56,10 @@ def topk_select(pre_acts: Tensor, k: Tensor, k_max: int) -> SparseCodes:
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, k_max: int) -> SparseCodes:
     codes = _empty_codes(x, k_max)
-    torch.ops.aksae_cpu.topk_encode(_rows(x), _rows(W_enc), _vector(b_enc), k.contiguous(), *codes)
+    packed = prepared(W_enc, _pack) if x.dtype == torch.float32 else None
+    torch.ops.aksae_cpu.topk_encode(
+        _rows(x), _rows(W_enc), _vector(b_enc), *(packed or (None, None)), k.contiguous(), *codes
+    )
     return codes
 
 
@@ -167,6 +171,17 @@ def adam_step_(
 
 def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
+
+
+def _pack(W_enc: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`W_enc` rounded and packed for bf16 units, and norms of its rows; None where there are no such units."""
+    size = torch.ops.aksae_cpu.packed_size(*W_enc.shape)
+    if not size:
+        return None
+    panels = torch.empty(size, dtype=torch.bfloat16)
+    norms = torch.empty(2, -(-W_enc.shape[0] // 32) * 32)
+    torch.ops.aksae_cpu.pack_weight(_rows(W_enc), panels, norms)
+    return panels, norms
 
 
 def _vector(bias: Tensor | None) -> Tensor | None:

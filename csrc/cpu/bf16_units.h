@@ -3,13 +3,15 @@
 
 #include <cstdint>
 
+#include "../kernels.h"
+
 namespace aksae {
 
-// Matrices are packed in panels of 16 rows and blocks of 32 columns, 1 KB each, padded with zeros; block s of panel p
-// starts at element ((p * steps) + s) * 512, with steps = ceil(D / 32). Within a block
+// Matrices are packed in panels (kernels.h) of blocks of 32 columns, 1 KB each; block s of panel p starts at element
+// ((p * steps) + s) * 512, with steps = ceil(D / 32). Within a block
 //   left  operands (rows of x) lie row by row, [16 rows][32 columns];
 //   right operands (latents) in pairs of columns, [16 pairs][16 rows][2].
-constexpr int64_t kBf16Rows = 16, kBf16Cols = 32, kBf16Block = kBf16Rows * kBf16Cols;
+constexpr int64_t kBf16Block = kBf16Rows * kBf16Cols;
 
 // Rows of a matrix are rounded to nearest even, denormal numbers to 0: both kinds of units read those as 0.
 struct Bf16Units {

@@ -30,10 +30,6 @@ constexpr int64_t kScreenRows = 16;
 // 1024 rows of kDotDepth columns are 3 MB: what two cores have in their second-level caches.
 constexpr int64_t kRescoredRows = 512;
 
-// Panels of all rows of a matrix, in whole pairs.
-AKSAE_INLINE int64_t panels_of(int64_t rows) { return round_up(rows, 2 * kBf16Rows) / kBf16Rows; }
-AKSAE_INLINE int64_t panel_size(int64_t D) { return round_up(D, kBf16Cols) * kBf16Rows; }
-
 // Packs rows [first, first + n) of m; norms and residuals are those of the packed rows, for fp32 alone.
 template <class T>
 void pack_rows(const Bf16Units& units, Matrix m, int64_t first, int64_t n, bool right, uint16_t* panels, float* norms,
@@ -181,15 +177,22 @@ struct RowScreen {
     }
   }
 
-  // Candidates of a later part of the same row.
-  void merge(const RowScreen& more) {
-    dense |= more.dense;
-    for (int64_t i = 0; i < more.size && !dense; ++i) {
-      if (size == capacity) make_room();
-      if (dense) return;
-      keys()[size] = more.keys()[i], indices()[size] = more.indices()[i], uppers()[size] = more.uppers()[i];
-      ++size;
+  // Takes up the candidates of another part of the same row. Parts share every chunk of latents, so their indices
+  // interleave.
+  void merge(const RowScreen& other) {
+    dense |= other.dense;
+    if (closed()) return;
+    floor = std::max(floor, other.floor);
+    RowScreen both;
+    both.reserve(size + other.size);
+    for (int64_t i = 0, j = 0; i + j < size + other.size;) {
+      const bool mine = j == other.size || (i < size && indices()[i] < other.indices()[j]);
+      const RowScreen& from = mine ? *this : other;
+      const int64_t at = mine ? i++ : j++;
+      both.keys()[both.size] = from.keys()[at], both.indices()[both.size] = from.indices()[at];
+      both.uppers()[both.size++] = from.uppers()[at];
     }
+    storage = std::move(both.storage), size = both.size, capacity = both.capacity;
   }
 
   // Drops what cannot win any more.

@@ -1,0 +1,78 @@
+"""Frozen weights: the same codes, and a weight that changes is noticed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aksae_kernels import frozen, kept, topk_encode
+
+D_IN, D_SAE, ROWS, K = 40, 3000, 40, 12
+
+
+@pytest.fixture
+def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(*shape, generator=generator) for shape in ((ROWS, D_IN), (D_SAE, D_IN), (D_SAE,)))
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(left, right) for left, right in zip(a, b, strict=True))
+
+
+def test_same_bits(problem, backend):
+    x, W, b = problem
+    expected = topk_encode(x, W, b, k=K)
+    with frozen(W):
+        assert same(topk_encode(x, W, b, k=K), expected)
+        assert same(topk_encode(x, W, b, k=K), expected)
+        assert same(topk_encode(x[:2], W, b, k=K), [part[:2] for part in expected])
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["plain", "parameter"])
+def test_a_weight_changed_in_place_is_noticed(problem, backend, grad):
+    x, W, b = problem
+    W.requires_grad_(grad)
+    with frozen(W):
+        before = topk_encode(x, W, b, k=K)
+        with torch.no_grad():
+            W.copy_(W.flip(0))
+        after = topk_encode(x, W, b, k=K)
+    assert not same(before, after)
+    assert same(after, topk_encode(x, W.detach().clone(), b, k=K))
+
+
+def test_other_weights_and_views_are_left_alone(problem, backend):
+    x, W, b = problem
+    with frozen(W):
+        topk_encode(x, W, b, k=K)
+        assert same(topk_encode(x, W[1:], b[1:], k=K), topk_encode(x, W[1:].clone(), b[1:], k=K))
+        assert same(topk_encode(x, W[:-1], b[1:], k=K), topk_encode(x, W[:-1].clone(), b[1:], k=K))
+
+
+def test_what_is_prepared_is_prepared_once_and_given_back(problem):
+    x, W, b = problem
+    calls = []
+    assert kept.prepared(W, calls.append) is None
+    with frozen(W, W):
+        with frozen(W):
+            for _ in range(3):
+                kept.prepared(W, lambda weight: calls.append(weight.shape) or "packed")
+        assert kept.prepared(W, calls.append) == "packed"
+    assert calls == [W.shape]
+    assert not kept._kept
+
+
+def test_inference_tensors(problem, backend):
+    x, W, b = problem
+    expected = topk_encode(x, W, b, k=K)
+    with torch.inference_mode():
+        W = W.clone()
+        with frozen(W):
+            assert same(topk_encode(x, W, b, k=K), expected)
+
+
+def test_given_back_after_an_error(problem):
+    with pytest.raises(KeyError), frozen(problem[1]):
+        raise KeyError
+    assert not kept._kept
