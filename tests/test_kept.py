@@ -51,7 +51,7 @@ def test_other_weights_and_views_are_left_alone(problem, backend):
 
 
 def test_what_is_prepared_is_prepared_once_and_given_back(problem):
-    x, W, b = problem
+    _, W, _ = problem
     calls = []
     assert kept.prepared(W, calls.append) is None
     with frozen(W, W):
