@@ -33,7 +33,14 @@ from aksae_kernels.testing import adversarial_rows, check_codes, dense_codes, en
 
 PACKAGE = Path(aksae_kernels.__file__).parent
 needs_cpu = pytest.mark.skipif("cpu" not in available_backends(), reason="backend 'cpu' is not available")
-CPU_FLAGS = {"baseline": (), "avx2": ("avx2", "fma"), "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl")}
+AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+CPU_FLAGS = {
+    "baseline": (),
+    "avx2": ("avx2", "fma"),
+    "avx512": AVX512,
+    "avx512_bf16": (*AVX512, "avx512_bf16"),
+    "amx": (*AVX512, "avx512_bf16", "amx_tile", "amx_bf16"),
+}
 
 
 class Spy(TorchDispatchMode):

@@ -1,7 +1,7 @@
 """The `cpu` backend: the C++ kernels of `_C`, loaded when they are first needed.
 
 The binary takes tensors with contiguous rows and writes into outputs made here. AKSAE_CPU_ISA (`baseline`, `avx2`,
-`avx512`) forces an instruction set; without it the widest one of the machine is used.
+`avx512`, `avx512_bf16`, `amx`) forces an instruction set; without it the best one of the machine is used.
 """
 
 from __future__ import annotations
