@@ -345,8 +345,11 @@ inline void screened_encode(ParallelFor run, int threads, const Bf16Units& units
       const float b = bias ? bias[f] : 0;
       latents.bias_slack[f] = std::abs(b) * kBiasLoss + terms * kUnderflow;
       latents.bias_up[f] = b + latents.bias_slack[f];
-      // Latents that are not finite always stay.
-      if (latents.norm[f] < kNearOverflow) largest = std::max(largest, latents.norm[f]);
+      // A latent whose product may overflow always stays: whatever the units make of it, infinity is added.
+      if (latents.norm[f] < kNearOverflow)
+        largest = std::max(largest, latents.norm[f]);
+      else
+        latents.norm[f] = std::numeric_limits<float>::infinity();
     }
     for (int64_t i = 0; i < n_rows * tiling.parts; ++i)
       if (!(rows[i].residual_factor * largest < kNearOverflow)) rows[i].dense = true;
