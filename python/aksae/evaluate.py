@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aksae_kernels import frozen
+
 from .activations import resolve_device
 from .config import ProbeReads, TrainConfig, cache_folder, from_dict, validate
 from .data import Batch, BatchReader, Split, context_key, context_vectors, load_data
@@ -101,12 +103,13 @@ def mean_l0(sae: AdaptiveKSAE, reader: BatchReader, batch_size: int) -> float:
 def _measure(sae: AdaptiveKSAE, reader: BatchReader, batch_size: int, factor: float = 1.0) -> ReconstructionMetrics:
     """The metrics of `sae` with every k scaled by `factor`: rounded, at least 1, at most d_sae."""
     metrics = ReconstructionMetrics(sae.config.d_in, sae.config.d_sae, reader.device)
-    for batch in reader.in_order(batch_size):
-        k = reader.k(sae, batch)
-        if factor != 1.0:
-            k = (k * factor).round().clamp(1, sae.config.d_sae).int()
-        codes = _encode(sae, batch, k, factor)
-        metrics.update(batch.x, sae.decode(codes), codes, k)
+    with frozen(sae.W_enc):
+        for batch in reader.in_order(batch_size):
+            k = reader.k(sae, batch)
+            if factor != 1.0:
+                k = (k * factor).round().clamp(1, sae.config.d_sae).int()
+            codes = _encode(sae, batch, k, factor)
+            metrics.update(batch.x, sae.decode(codes), codes, k)
     return metrics
 
 
