@@ -72,6 +72,12 @@ class SAEAdam(torch.optim.Optimizer):
             if group["unit_norm_rows"] and param.ndim != 2:
                 raise ValueError(f"unit_norm_rows needs matrices [F, D], got a parameter of shape {list(param.shape)}")
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            # Older checkpoints do not have it.
+            group.setdefault("lazy", False)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step over all parameters that have a gradient; returns what `closure` returns."""
@@ -84,8 +90,9 @@ class SAEAdam(torch.optim.Optimizer):
         max_grad_norm = self.defaults["max_grad_norm"]
         if max_grad_norm is not None:
             self.last_grad_norm = self._grad_norm()
-            # Not clamped away when NaN.
-            scale = torch.where(self.last_grad_norm <= max_grad_norm, 1.0, max_grad_norm / self.last_grad_norm)
+            # Not clamped away when NaN; and NaN, not 0, when the norm is infinite.
+            too_long = max_grad_norm / self.last_grad_norm + 0 * self.last_grad_norm
+            scale = torch.where(self.last_grad_norm <= max_grad_norm, 1.0, too_long)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 
+from aksae_kernels import use_backend
 from aksae_kernels.optim import SAEAdam
 
 # An eps this large keeps the step well-conditioned where a gradient is near 0, and makes clipping visible.
@@ -256,6 +257,141 @@ def test_same_bits_again_and_with_other_threads(case):
             assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------------ lazy
+
+IDLE = torch.tensor([True, False, False, True, False] * 8)
+
+
+def lazy_steps(case, unit_norm_rows: bool, lazy: bool, max_grad_norm: float | None = None, steps: int = 3):
+    """A matrix [40, 9] of which the rows IDLE get gradients of 0 after the first step; the parameter and its state."""
+    param = torch.nn.Parameter(unit_rows(case, 40, 9))
+    group = {"params": [param], "unit_norm_rows": unit_norm_rows, "lazy": lazy}
+    ours = SAEAdam([group], lr=LR, betas=BETAS, eps=EPS, max_grad_norm=max_grad_norm)
+    kept = []
+    for step in range(steps):
+        param.grad = case.randn(40, 9, seed=step)
+        if step:
+            # A zero of either sign is one.
+            param.grad[IDLE.to(case.device)] = 0.0 if step % 2 else -0.0
+        ours.step()
+        state = ours.state[param]
+        kept.append([t.detach().clone() for t in (param, state["exp_avg"], state["exp_avg_sq"])])
+    return kept
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5], ids=str)
+@pytest.mark.parametrize("unit_norm_rows", [True, False], ids=["unit", "plain"])
+def test_lazy_rows_keep_their_bits_and_others_are_adams(case, unit_norm_rows, max_grad_norm):
+    lazy, full = (lazy_steps(case, unit_norm_rows, lazy, max_grad_norm) for lazy in (True, False))
+    idle = IDLE.to(case.device)
+    for step in range(3):
+        for ours, adams in zip(lazy[step], full[step], strict=True):
+            assert torch.equal(ours[~idle], adams[~idle])
+        for ours, first in zip(lazy[step], lazy[0], strict=True):
+            assert torch.equal(ours[idle], first[idle])
+    assert not torch.equal(full[2][0][idle], full[0][0][idle]), "Adam goes on by its momentum"
+
+
+def test_lazy_on_the_reference_and_on_the_kernels_is_one_optimizer(case):
+    ours = lazy_steps(case, True, True, 0.5)[-1]
+    with use_backend("reference"):
+        references = lazy_steps(case, True, True, 0.5)[-1]
+    for a, b in zip(ours, references, strict=True):
+        tolerance = 4 * torch.finfo(case.dtype).eps
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_lazy_counts_the_steps_of_the_parameter(fp64):
+    """A row that wakes up in step 2 has the bias correction of step 2."""
+    param = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.float64, device=fp64.device))
+    ours = SAEAdam([{"params": [param], "lazy": True}], lr=LR, betas=BETAS, eps=EPS)
+    grad = torch.ones_like(param)
+    grad[1] = 0
+    for g in (grad, torch.ones_like(param)):
+        param.grad = g.clone()
+        ours.step()
+    m, v = (1 - BETAS[0]) / (1 - BETAS[0] ** 2), (1 - BETAS[1]) / (1 - BETAS[1] ** 2)
+    torch.testing.assert_close(param[1], torch.full_like(param[1], -LR * m / (math.sqrt(v) + EPS)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_a_nan_row_is_not_idle(case, bad):
+    param = torch.nn.Parameter(unit_rows(case, 6, 9))
+    before = param.detach().clone()
+    param.grad = torch.zeros_like(param)
+    param.grad[2, 8] = bad
+    SAEAdam([{"params": [param], "lazy": True}]).step()
+    assert param[2, 8].isnan()
+    assert torch.equal(param[[0, 1, 3, 4, 5]], before[[0, 1, 3, 4, 5]])
+
+
+def test_a_nan_norm_reaches_lazy_rows(case):
+    params = [torch.nn.Parameter(unit_rows(case, 6, 9)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    params[1].grad[2, 8] = math.nan
+    SAEAdam([{"params": params, "lazy": True}], max_grad_norm=1.0).step()
+    assert all(p.isnan().all() for p in params)
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["full", "lazy"])
+@pytest.mark.parametrize("bad", [math.inf, 1e30], ids=["inf", "overflow"])
+def test_an_infinite_norm_surfaces(fp32, bad, lazy):
+    """Of infinite gradients, and of finite ones whose squares overflow: a factor of 0 would freeze the run."""
+    param = torch.nn.Parameter(unit_rows(fp32, 6, 9))
+    param.grad = torch.zeros_like(param)
+    param.grad[2] = bad
+    ours = SAEAdam([{"params": [param], "lazy": lazy}], max_grad_norm=1.0)
+    ours.step()
+    assert ours.last_grad_norm.isinf()
+    assert param.isnan().all()
+
+
+def test_vectors_are_never_lazy(fp32):
+    kept = []
+    for lazy in (True, False):
+        param = torch.nn.Parameter(fp32.randn(7))
+        ours = SAEAdam([{"params": [param], "lazy": lazy}])
+        for grad in (torch.ones(7), torch.zeros(7)):
+            param.grad = grad.to(param)
+            ours.step()
+        kept.append(param.detach())
+    assert torch.equal(*kept)
+
+
+def test_lazy_is_kept_by_checkpoints_and_absent_from_old_ones(fp32):
+    def step(param, ours):
+        param.grad = fp32.randn(5, 4, seed=3)
+        param.grad[1] = 0
+        ours.step()
+        return param.detach()
+
+    param = torch.nn.Parameter(fp32.randn(5, 4))
+    ours = SAEAdam([{"params": [param], "lazy": True}])
+    param.grad = torch.ones_like(param)
+    ours.step()
+    start, saved = param.detach().clone(), copy.deepcopy(ours.state_dict())
+    old = copy.deepcopy(saved)
+    for group in old["param_groups"]:
+        del group["lazy"]
+    after = {}
+    for name, checkpoint in (("saved", saved), ("old", old)):
+        again = torch.nn.Parameter(start.clone())
+        loaded = SAEAdam([again])
+        loaded.load_state_dict(checkpoint)
+        after[name] = step(again, loaded)
+    assert torch.equal(after["saved"], step(param, ours))
+    assert torch.equal(after["saved"][1], start[1])
+    # Of the time when all rows took every step.
+    assert not torch.equal(after["old"][1], start[1])
+    pickled = ours.__getstate__()
+    for group in (pickled["defaults"], *pickled["param_groups"]):
+        del group["lazy"]
+    unpickled = SAEAdam.__new__(SAEAdam)
+    unpickled.__setstate__(pickled)
+    unpickled.step()
 
 
 MATRIX, VECTOR = torch.nn.Parameter(torch.eye(3)), torch.nn.Parameter(torch.ones(3))

@@ -393,10 +393,11 @@ void topk_encode(ParallelFor run, int threads, const Bf16Units* units, Matrix x,
   const T* const bias = static_cast<const T*>(b);
   if (x.rows < kScreenRows) return select_rows<T>(run, threads, DotScores<T>{x, W, bias}, x.rows, W.rows, k, out);
   if constexpr (std::is_same_v<T, float>) {
-    if (units && x.cols <= kScreenDepth) return screened_encode(run, threads, *units, x, W, bias, packed, k, out);
+    if (units && x.cols > 0 && x.cols <= kScreenDepth)
+      return screened_encode(run, threads, *units, x, W, bias, packed, k, out);
   }
   if constexpr (std::is_same_v<T, bf16>) {
-    if (units) {
+    if (units && x.cols > 0) {
       const auto x_panels = buffer<uint16_t>(panels_of(x.rows) * panel_size(x.cols));
       pack_rows<T>(*units, x, 0, x.rows, false, x_panels.get(), nullptr, nullptr);
       const Bf16Scores<T> source(*units, x_panels.get(), x.rows, W, bias, threads);
