@@ -136,8 +136,10 @@ struct RowScreen {
 
   void start(int64_t wanted, int64_t n_latents) {
     k = wanted;
-    most = std::max(n_latents / kDenseShare, 4 * k);
-    if (k > 0) reserve(4 * k + 128);
+    most = n_latents / kDenseShare;
+    // So many winners are as quickly found among all latents.
+    dense = k > most / 2;
+    if (!closed()) reserve(std::min(4 * k, n_latents) + 128);
   }
   bool closed() const { return dense || k == 0; }
 

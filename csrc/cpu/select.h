@@ -96,12 +96,13 @@ struct RowSelector {
   Key<A>* keys;
   int32_t* indices;
   int64_t k, capacity, size;
-  A floor;  // scores <= floor cannot be selected any more
+  A floor;          // scores <= floor cannot be selected any more
+  int64_t crowded;  // how often the buffer was full in this piece of the row
 
   static int64_t room(int64_t k, int64_t n_latents) { return std::min(2 * k + 128, n_latents + 64); }
 
   void start(Key<A>* key_buffer, int32_t* index_buffer, int64_t wanted, int64_t room) {
-    keys = key_buffer, indices = index_buffer, k = wanted, capacity = room, size = 0;
+    keys = key_buffer, indices = index_buffer, k = wanted, capacity = room, size = 0, crowded = 0;
     floor = k > 0 ? A(0) : std::numeric_limits<A>::quiet_NaN();
   }
 
@@ -111,7 +112,9 @@ struct RowSelector {
   template <class T>
   void push(const T* scores, int64_t n, int64_t first_index) {
     if (closed()) return;
-    if (size == 0 && floor == 0) seed(scores, n);
+    // At the start of a row, and where scores rise from piece to piece.
+    if ((size == 0 && floor == 0) || crowded > kCrowded) seed(scores, n);
+    crowded = 0;
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
       prefetch(scores + i + kScoresAhead, 64);
@@ -119,6 +122,7 @@ struct RowSelector {
       if (!mask) continue;
       if (size + 64 > capacity) {
         compact();
+        ++crowded;
         if (closed()) return;
         mask = mask_block(scores, ScalarLimit<A>{floor}, i);
       }
@@ -207,24 +211,28 @@ struct RowSelector {
   }
 
  private:
-  // A floor to begin with: at least k scores are at or above the k-th largest of the maxima of disjoint groups. Group g
-  // holds every `groups`-th score from g on.
+  static constexpr int64_t kCrowded = 1;
+
+  // A higher floor: at least k scores are at or above the k-th largest of the maxima of disjoint groups. Group g holds
+  // every `groups`-th score from g on.
   template <class T>
   void seed(const T* scores, int64_t n) {
     constexpr int64_t kSeen = 8192;  // what is read twice stays in cache
     const int64_t groups = 2 * k / kLanes<A> * kLanes<A>, size_of_group = groups > k ? std::min(n, kSeen) / groups : 0;
     if (size_of_group < 2) return;
-    // In the buffer of keys, since scores above 0 order like their bits; NaN counts as nothing.
-    A* const maxima = reinterpret_cast<A*>(keys);
-    std::fill_n(keys, groups, Key<A>(0));
+    // NaN counts as nothing.
+    alignas(64) A maxima[kSeen / 2];
+    std::fill_n(maxima, groups, A(0));
     for (int64_t first = 0; first < size_of_group * groups; first += groups)
       for (int64_t g = 0; g < groups; g += kLanes<A>) {
         __builtin_prefetch(scores + first + g + kScoresAhead);
         const Vector<A> score = load(scores + first + g), largest = load(maxima + g);
         store(maxima + g, score > largest ? score : largest);
       }
-    const Key<A> bound = best_bound(keys, groups, k, Key<A>(0));
-    if (bound > 0) floor = to_score<A>(bound - 1);
+    alignas(64) Key<A> largest[kSeen / 2];
+    __builtin_memcpy(largest, maxima, groups * sizeof(A));
+    const Key<A> bound = best_bound(largest, groups, k, Key<A>(0));
+    if (bound > 0) floor = std::max(floor, to_score<A>(bound - 1));
   }
   AKSAE_INLINE void append(Key<A> key, int32_t index) {
     keys[size] = key;
