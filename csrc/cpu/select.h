@@ -97,7 +97,7 @@ struct RowSelector {
   int32_t* indices;
   int64_t k, capacity, size;
   A floor;          // scores <= floor cannot be selected any more
-  int64_t crowded;  // how often the buffer was full in this piece of the row
+  int64_t crowded;  // how often the buffer was full in a piece of the row
 
   static int64_t room(int64_t k, int64_t n_latents) { return std::min(2 * k + 128, n_latents + 64); }
 
@@ -112,9 +112,10 @@ struct RowSelector {
   template <class T>
   void push(const T* scores, int64_t n, int64_t first_index) {
     if (closed()) return;
-    // At the start of a row, and where scores rise from piece to piece.
-    if ((size == 0 && floor == 0) || crowded > kCrowded) seed(scores, n);
-    crowded = 0;
+    // At the start of a row; and, once scores have been seen to rise, at every piece of it.
+    const bool rising = crowded > kCrowded;
+    if ((size == 0 && floor == 0) || rising) seed(scores, n);
+    if (!rising) crowded = 0;
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
       prefetch(scores + i + kScoresAhead, 64);
