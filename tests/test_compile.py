@@ -71,8 +71,8 @@ def samples(case) -> dict[str, list[tuple]]:
         ],
         "scatter_codes": [(plain["values"], indices, counts, 20)],
         "adam_step_": [
-            (plain["W"].clone(), plain["W"] / 2, *moments, scale, 3, 1e-3, 0.9, 0.999, 1e-8, True),
-            (plain["W"].clone(), plain["W"] / 2, *moments, scale, 3, 1e-3, 0.9, 0.999, 1e-8, False),
+            (plain["W"].clone(), plain["W"] / 2, *moments, scale, 3, 1e-3, 0.9, 0.999, 1e-8, True, False),
+            (plain["W"].clone(), plain["W"] / 2, *moments, scale, 3, 1e-3, 0.9, 0.999, 1e-8, False, True),
         ],
     }
 
@@ -309,6 +309,7 @@ def test_every_public_op_is_among_the_samples():
         "use_backend",
         "available_backends",
         "explain",
+        "frozen",
     }
     assert public <= set(OPS)
 
