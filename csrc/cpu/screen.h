@@ -27,7 +27,7 @@ constexpr int64_t kScreenDepth = int64_t(1) << 17;
 // With fewer rows the product waits for W, and reading it once in fp32 is all there is to do.
 constexpr int64_t kScreenRows = 16;
 
-// 1024 rows of kDotDepth columns are 3 MB: what two cores have in their second-level caches.
+// Of that many rows kDotDepth columns are 1.5 MB, and stay in the second-level cache.
 constexpr int64_t kRescoredRows = 512;
 
 // Packs rows [first, first + n) of m; norms and residuals are those of the packed rows, for fp32 alone.
@@ -137,8 +137,7 @@ struct RowScreen {
   void start(int64_t wanted, int64_t n_latents) {
     k = wanted;
     most = n_latents / kDenseShare;
-    // So many winners are as quickly found among all latents.
-    dense = k > most / 2;
+    dense = k > most;
     if (!closed()) reserve(std::min(4 * k, n_latents) + 128);
   }
   bool closed() const { return dense || k == 0; }
