@@ -45,6 +45,17 @@ void pack_rows(const Bf16Units& units, Matrix m, int64_t first, int64_t n, bool 
   }
 }
 
+// The same on several threads.
+template <class T>
+void pack_all(ParallelFor run, const Bf16Units& units, Matrix m, int64_t first, int64_t n, bool right, uint16_t* panels,
+              float* norms, float* residuals) {
+  parallel(run, panels_of(n) / 2, 1, [&](int64_t begin, int64_t end) {
+    const int64_t from = begin * 2 * kBf16Rows, rows = std::min(n, end * 2 * kBf16Rows) - from;
+    pack_rows<T>(units, m, first + from, rows, right, panels + from / kBf16Rows * panel_size(m.cols),
+                 norms ? norms + from : nullptr, residuals ? residuals + from : nullptr);
+  });
+}
+
 // Products on bf16 units as a source of scores. Rows of x are packed; latents are for fp32, and are packed tile by tile
 // for bf16.
 template <class T>
@@ -152,10 +163,10 @@ struct RowScreen {
         if (dense) return;
       }
       // Upper bounds above the floor, or NaN, are candidates.
-      const auto upper_at = [&](int64_t j) {
-        const Vector<float> e = splat(norm_factor) * load(norm + j) + splat(residual_factor) * load(residual + j);
-        return load(scores + j) + load(bias_up + j) + e;
+      const auto error_at = [&](int64_t j) {
+        return splat(norm_factor) * load(norm + j) + splat(residual_factor) * load(residual + j);
       };
+      const auto upper_at = [&](int64_t j) { return load(scores + j) + load(bias_up + j) + error_at(j); };
       uint64_t mask = 0;
 #pragma GCC unroll 16
       for (int64_t j = i; j < i + 64; j += kLanes<float>) mask |= mask_not_le(upper_at(j), splat(floor)) << (j - i);
@@ -164,8 +175,7 @@ struct RowScreen {
       for (int64_t j = i; mask; j += kLanes<float>, mask >>= kLanes<float>) {
         const uint64_t some = mask & ((uint64_t(1) << kLanes<float>)-1);
         if (!some) continue;
-        const Vector<float> e = splat(norm_factor) * load(norm + j) + splat(residual_factor) * load(residual + j);
-        const Vector<float> upper = upper_at(j), lower = upper - splat(kTwice) * (e + load(slack + j));
+        const Vector<float> upper = upper_at(j), lower = upper - splat(kTwice) * (error_at(j) + load(slack + j));
         // Nothing is known of a latent whose bounds are not finite: it stays to the end.
         const Vector<float> infinity = splat(kInfinity);
         const auto known = (upper < infinity) & (upper > -infinity) & (lower < infinity) & (lower > -infinity);
@@ -293,11 +303,7 @@ inline void write_best(RowScreen& row, int64_t b, CodesOut out) {
 
 inline void pack_weight(ParallelFor run, const Bf16Units& units, Matrix W, int64_t first, int64_t n,
                         PackedWeight packed) {
-  parallel(run, panels_of(n) / 2, 4, [&](int64_t begin, int64_t end) {
-    const int64_t from = begin * 2 * kBf16Rows, rows = std::min(n, end * 2 * kBf16Rows) - from;
-    pack_rows<float>(units, W, first + from, rows, true, packed.panels + from / kBf16Rows * panel_size(W.cols),
-                     packed.norms + from, packed.residuals + from);
-  });
+  pack_all<float>(run, units, W, first, n, true, packed.panels, packed.norms, packed.residuals);
 }
 
 inline void screened_encode(ParallelFor run, int threads, const Bf16Units& units, Matrix x, Matrix W, const float* bias,
@@ -306,11 +312,7 @@ inline void screened_encode(ParallelFor run, int threads, const Bf16Units& units
   const auto x_panels = buffer<uint16_t>(panels_of(n_rows) * panel_size(x.cols));
   const auto x_norms = buffer<float>(panels_of(n_rows) * kBf16Rows),
              x_residuals = buffer<float>(panels_of(n_rows) * kBf16Rows);
-  parallel(run, panels_of(n_rows) / 2, 1, [&](int64_t begin, int64_t end) {
-    const int64_t from = begin * 2 * kBf16Rows, rows = std::min(n_rows, end * 2 * kBf16Rows) - from;
-    pack_rows<float>(units, x, from, rows, false, &x_panels[from / kBf16Rows * panel_size(x.cols)], &x_norms[from],
-                     &x_residuals[from]);
-  });
+  pack_all<float>(run, units, x, 0, n_rows, false, x_panels.get(), x_norms.get(), x_residuals.get());
 
   Bf16Scores<float> source(units, x_panels.get(), n_rows, W, nullptr, threads);
   const Tiling tiling = tiling_of(source, threads, n_rows, F);
@@ -400,7 +402,7 @@ void topk_encode(ParallelFor run, int threads, const Bf16Units* units, Matrix x,
   if constexpr (std::is_same_v<T, bf16>) {
     if (units && x.cols > 0) {
       const auto x_panels = buffer<uint16_t>(panels_of(x.rows) * panel_size(x.cols));
-      pack_rows<T>(*units, x, 0, x.rows, false, x_panels.get(), nullptr, nullptr);
+      pack_all<T>(run, *units, x, 0, x.rows, false, x_panels.get(), nullptr, nullptr);
       const Bf16Scores<T> source(*units, x_panels.get(), x.rows, W, bias, threads);
       return select_rows<T>(run, threads, source, x.rows, W.rows, k, out);
     }

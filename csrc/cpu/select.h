@@ -221,18 +221,17 @@ struct RowSelector {
     constexpr int64_t kSeen = 8192;  // what is read twice stays in cache
     const int64_t groups = 2 * k / kLanes<A> * kLanes<A>, size_of_group = groups > k ? std::min(n, kSeen) / groups : 0;
     if (size_of_group < 2) return;
-    // NaN counts as nothing.
-    alignas(64) A maxima[kSeen / 2];
-    std::fill_n(maxima, groups, A(0));
+    // Scores above 0 order like their bits; NaN counts as nothing.
+    alignas(64) Key<A> keys_of_maxima[kSeen / 2];
+    std::fill_n(keys_of_maxima, groups, Key<A>(0));
+    A* const maxima = reinterpret_cast<A*>(keys_of_maxima);
     for (int64_t first = 0; first < size_of_group * groups; first += groups)
       for (int64_t g = 0; g < groups; g += kLanes<A>) {
         __builtin_prefetch(scores + first + g + kScoresAhead);
         const Vector<A> score = load(scores + first + g), largest = load(maxima + g);
         store(maxima + g, score > largest ? score : largest);
       }
-    alignas(64) Key<A> largest[kSeen / 2];
-    __builtin_memcpy(largest, maxima, groups * sizeof(A));
-    const Key<A> bound = best_bound(largest, groups, k, Key<A>(0));
+    const Key<A> bound = best_bound(keys_of_maxima, groups, k, Key<A>(0));
     if (bound > 0) floor = std::max(floor, to_score<A>(bound - 1));
   }
   AKSAE_INLINE void append(Key<A> key, int32_t index) {
