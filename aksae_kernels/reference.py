@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .codes import SparseCodes, acc_dtype, check_codes, live_slots
+from .operands import require_width
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements of the largest temporary of a sparse product; rows are taken in chunks that stay below it.
@@ -180,7 +181,7 @@ def _compact(keep: Tensor, scores: Tensor, k_max: int, dtype: torch.dtype, check
     """The kept scores of each row, packed to the left, as `[B, k_max]`; `checked_op` names the op that may overflow."""
     counts = keep.sum(-1, dtype=torch.int32)
     if checked_op is not None:
-        _require_width(counts, k_max, checked_op)
+        require_width(counts, k_max, checked_op)
     n_latents = scores.shape[1]
     latent = torch.arange(n_latents, device=scores.device)
     indices = torch.where(keep, latent, n_latents).sort(-1).values[:, :k_max]
@@ -189,13 +190,6 @@ def _compact(keep: Tensor, scores: Tensor, k_max: int, dtype: torch.dtype, check
     padded = torch.nn.functional.pad(scores, (0, 1))
     values = padded.gather(1, indices).to(dtype)
     return SparseCodes(values, torch.where(live, indices, -1).to(torch.int32), counts)
-
-
-def _require_width(counts: Tensor, k_max: int, op: str) -> None:
-    if counts.device.type != "cpu":
-        torch._assert_async((counts <= k_max).all(), f"{op}: k_max={k_max} is too small for a row of the batch")
-    elif counts.numel() and int(counts.max()) > k_max:
-        raise ValueError(f"{op}: k_max must be at least {int(counts.max())}, the active latents of a row; got {k_max}")
 
 
 def _row_chunks(indices: Tensor, width: int) -> Iterator[slice]:

@@ -142,21 +142,21 @@ void topk_encode(const Tensor& x, const Tensor& W_enc, const std::optional<Tenso
                         codes_out(values, indices, counts, type, rows.rows));
 }
 
-int64_t batch_topk_select(const Tensor& pre_acts, int64_t budget, const Tensor& values, const Tensor& indices,
-                          const Tensor& counts) {
+void batch_topk_select(const Tensor& pre_acts, int64_t budget, const Tensor& values, const Tensor& indices,
+                       const Tensor& counts) {
   const auto type = pre_acts.scalar_type();
   const auto scores = matrix(pre_acts, "pre_acts", type);
-  return kernels().batch_topk_select(run_parallel, dtype_of(pre_acts), scores, budget,
-                                     codes_out(values, indices, counts, type, scores.rows));
+  kernels().batch_topk_select(run_parallel, dtype_of(pre_acts), scores, budget,
+                              codes_out(values, indices, counts, type, scores.rows));
 }
 
-int64_t threshold_select(const Tensor& pre_acts, const Tensor& limit, const Tensor& values, const Tensor& indices,
-                         const Tensor& counts) {
+void threshold_select(const Tensor& pre_acts, const Tensor& limit, const Tensor& values, const Tensor& indices,
+                      const Tensor& counts) {
   const auto type = pre_acts.scalar_type();
   const auto scores = matrix(pre_acts, "pre_acts", type);
-  return kernels().threshold_select(run_parallel, dtype_of(pre_acts), scores,
-                                    vector(limit, "limit", acc_type(pre_acts), scores.cols),
-                                    codes_out(values, indices, counts, type, scores.rows));
+  kernels().threshold_select(run_parallel, dtype_of(pre_acts), scores,
+                             vector(limit, "limit", acc_type(pre_acts), scores.cols),
+                             codes_out(values, indices, counts, type, scores.rows));
 }
 
 void sparse_decode(const Tensor& values, const Tensor& indices, const Tensor& counts, const Tensor& W,
@@ -243,10 +243,10 @@ STABLE_TORCH_LIBRARY(aksae_cpu, m) {
   m.def("packed_size(int rows, int cols) -> int");
   m.def(
       "batch_topk_select(Tensor pre_acts, int budget, Tensor(a!) values, Tensor(b!) indices, Tensor(c!) counts) -> "
-      "int");
+      "()");
   m.def(
       "threshold_select(Tensor pre_acts, Tensor limit, Tensor(a!) values, Tensor(b!) indices, Tensor(c!) counts) -> "
-      "int");
+      "()");
   m.def("sparse_decode(Tensor values, Tensor indices, Tensor counts, Tensor W, Tensor? b, Tensor(a!) y) -> ()");
   m.def(
       "decode_mse(Tensor values, Tensor indices, Tensor counts, Tensor W, Tensor? b, Tensor target, Tensor(a!) loss, "

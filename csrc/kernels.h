@@ -62,10 +62,10 @@ struct CpuKernels {
                       const PackedWeight* packed, const int32_t* k, CodesOut);
   // Rows [first, first + n) of an fp32 W.
   void (*pack_weight)(ParallelFor, const Bf16Units&, Matrix W, int64_t first, int64_t n, PackedWeight);
-  // The budget best entries of the whole matrix. Returns the largest row count; rows past out.width are cut there.
-  int64_t (*batch_topk_select)(ParallelFor, DType, Matrix pre_acts, int64_t budget, CodesOut);
-  // Entries that are not <= limit[f] (limit >= 0, in the accumulation type). Returns as batch_topk_select.
-  int64_t (*threshold_select)(ParallelFor, DType, Matrix pre_acts, const void* limit, CodesOut);
+  // The budget best entries of the whole matrix. Rows past out.width are cut there; their counts are not.
+  void (*batch_topk_select)(ParallelFor, DType, Matrix pre_acts, int64_t budget, CodesOut);
+  // Entries that are not <= limit[f] (limit >= 0, in the accumulation type). Cut as batch_topk_select.
+  void (*threshold_select)(ParallelFor, DType, Matrix pre_acts, const void* limit, CodesOut);
 
   void (*sparse_decode)(ParallelFor, DType, Codes, Matrix W, const void* b, void* y);
   // loss [B], residual [B, D] and value_grad [B, K] in the accumulation type; the last two may be null.

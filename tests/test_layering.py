@@ -39,12 +39,13 @@ SIBLINGS = {
     "codes": set(),
     "dispatch": set(),
     "kept": set(),
-    "reference": {"codes"},
+    "operands": {"codes"},
+    "reference": {"codes", "operands"},
     "testing": {"codes"},
     "ops": {"reference", "dispatch", "codes"},
     "layers": {"codes", "ops"},
     "optim": {"codes", "ops"},
-    "backends": {"dispatch", "codes", "kept"},
+    "backends": {"dispatch", "codes", "kept", "operands"},
     "integrations": {"", "layers", "optim"},
 }
 THIRD_PARTY = {"backends": {"triton"}}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..codes import SparseCodes, acc_dtype, raise_for_codes
 from ..kept import prepared
+from ..operands import empty_codes, limits, require_width, rows, vector
 
 _PACKAGE = Path(__file__).parent.parent
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -49,36 +50,38 @@ def describe() -> str:
 
 
 def topk_select(pre_acts: Tensor, k: Tensor, k_max: int) -> SparseCodes:
-    codes = _empty_codes(pre_acts, k_max)
-    torch.ops.aksae_cpu.topk_select(_rows(pre_acts), k.contiguous(), *codes)
+    codes = empty_codes(pre_acts, k_max)
+    torch.ops.aksae_cpu.topk_select(rows(pre_acts), k.contiguous(), *codes)
     return codes
 
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, k_max: int) -> SparseCodes:
-    codes = _empty_codes(x, k_max)
+    codes = empty_codes(x, k_max)
     packed = prepared(W_enc, _pack) if x.dtype == torch.float32 else None
     torch.ops.aksae_cpu.topk_encode(
-        _rows(x), _rows(W_enc), _vector(b_enc), *(packed or (None, None)), k.contiguous(), *codes
+        rows(x), rows(W_enc), vector(b_enc), *(packed or (None, None)), k.contiguous(), *codes
     )
     return codes
 
 
 def batch_topk_select(pre_acts: Tensor, budget: int, k_max: int) -> SparseCodes:
-    codes = _empty_codes(pre_acts, k_max)
-    widest = torch.ops.aksae_cpu.batch_topk_select(_rows(pre_acts), budget, *codes)
-    return _require_width(codes, widest, "batch_topk_select")
+    codes = empty_codes(pre_acts, k_max)
+    torch.ops.aksae_cpu.batch_topk_select(rows(pre_acts), budget, *codes)
+    require_width(codes.counts, k_max, "batch_topk_select")
+    return codes
 
 
 def threshold_select(pre_acts: Tensor, threshold: Tensor, k_max: int) -> SparseCodes:
-    codes = _empty_codes(pre_acts, k_max)
-    widest = torch.ops.aksae_cpu.threshold_select(_rows(pre_acts), _limit(pre_acts, threshold), *codes)
-    return _require_width(codes, widest, "threshold_select")
+    codes = empty_codes(pre_acts, k_max)
+    torch.ops.aksae_cpu.threshold_select(rows(pre_acts), limits(pre_acts, threshold), *codes)
+    require_width(codes.counts, k_max, "threshold_select")
+    return codes
 
 
 def sparse_decode(values: Tensor, indices: Tensor, counts: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     indices, counts = _pattern(indices, counts, W.shape[0])
     y = values.new_empty(values.shape[0], W.shape[1])
-    torch.ops.aksae_cpu.sparse_decode(values.contiguous(), indices, counts, _rows(W), _vector(b), y)
+    torch.ops.aksae_cpu.sparse_decode(values.contiguous(), indices, counts, rows(W), vector(b), y)
     return y
 
 
@@ -101,9 +104,9 @@ def decode_mse(
         values.contiguous(),
         indices,
         counts,
-        _rows(W_dec),
-        _vector(b_dec),
-        _rows(target),
+        rows(W_dec),
+        vector(b_dec),
+        rows(target),
         loss,
         error if residual else None,
         dots if value_grad else None,
@@ -114,7 +117,7 @@ def decode_mse(
 def sparse_value_grad(grad: Tensor, indices: Tensor, counts: Tensor, W: Tensor) -> Tensor:
     indices, counts = _pattern(indices, counts, W.shape[0])
     out = grad.new_empty(indices.shape)
-    torch.ops.aksae_cpu.sparse_value_grad(_rows(grad), indices, counts, _rows(W), out)
+    torch.ops.aksae_cpu.sparse_value_grad(rows(grad), indices, counts, rows(W), out)
     return out
 
 
@@ -125,7 +128,7 @@ def sparse_weight_grad(
     grad = values.new_empty(d_sae, dense.shape[1])
     total = values.new_empty(d_sae if sums else 0)
     torch.ops.aksae_cpu.sparse_weight_grad(
-        values.contiguous(), indices, counts, _rows(dense), grad, total if sums else None
+        values.contiguous(), indices, counts, rows(dense), grad, total if sums else None
     )
     return grad, total
 
@@ -169,10 +172,6 @@ def adam_step_(
     torch.autograd.graph.increment_version((param, exp_avg, exp_avg_sq))
 
 
-def _rows(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
-
-
 def _pack(W_enc: Tensor) -> tuple[Tensor, Tensor] | None:
     """`W_enc` rounded and packed for bf16 units, and norms of its rows; None where there are no such units."""
     size = torch.ops.aksae_cpu.packed_size(*W_enc.shape)
@@ -180,12 +179,8 @@ def _pack(W_enc: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     panels = torch.empty(size, dtype=torch.bfloat16)
     norms = torch.empty(2, -(-W_enc.shape[0] // 32) * 32)
-    torch.ops.aksae_cpu.pack_weight(_rows(W_enc), panels, norms)
+    torch.ops.aksae_cpu.pack_weight(rows(W_enc), panels, norms)
     return panels, norms
-
-
-def _vector(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
 
 
 def _pattern(indices: Tensor, counts: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
@@ -194,31 +189,3 @@ def _pattern(indices: Tensor, counts: Tensor, d_sae: int) -> tuple[Tensor, Tenso
     if bad >= 0:
         raise_for_codes(indices[bad : bad + 1], counts[bad : bad + 1], d_sae)
     return indices, counts
-
-
-def _empty_codes(data: Tensor, width: int) -> SparseCodes:
-    n_rows = data.shape[0]
-    return SparseCodes(
-        data.new_empty(n_rows, width),
-        data.new_empty(n_rows, width, dtype=torch.int32),
-        data.new_empty(n_rows, dtype=torch.int32),
-    )
-
-
-def _require_width(codes: SparseCodes, widest: int, op: str) -> SparseCodes:
-    width = codes.indices.shape[1]
-    if widest > width:
-        raise ValueError(f"{op}: k_max must be at least {widest}, the active latents of a row; got {width}")
-    return codes
-
-
-def _limit(pre_acts: Tensor, threshold: Tensor) -> Tensor:
-    """`[F]` limits in the accumulation dtype: an entry is kept unless it is `<=` its limit.
-
-    Rounded down, so that no entry of that dtype changes sides; at least 0; and +inf for a NaN threshold, which keeps
-    nothing but NaN.
-    """
-    limit = threshold.to(acc_dtype(pre_acts.dtype))
-    rounded_up = limit.double() > threshold.double()
-    limit = torch.where(rounded_up, torch.nextafter(limit, limit.new_full((), -torch.inf)), limit)
-    return limit.nan_to_num(nan=torch.inf, posinf=torch.inf).clamp(min=0).expand(pre_acts.shape[1]).contiguous()

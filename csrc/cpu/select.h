@@ -241,12 +241,6 @@ struct RowSelector {
   }
 };
 
-AKSAE_INLINE void raise_to(std::atomic<int64_t>& largest, int64_t value) {
-  int64_t seen = largest;
-  while (seen < value && !largest.compare_exchange_weak(seen, value)) {
-  }
-}
-
 // Rows of one block are visited together, tile of columns by tile of columns. A source gives
 //   block_rows, panel_rows, tile_cols   its tiling
 //   Scratch, scratch()                  what a thread needs
@@ -375,9 +369,10 @@ void topk_select(ParallelFor run, int threads, Matrix pre_acts, const int32_t* k
   select_rows<T>(run, threads, StoredScores<T>{pre_acts}, pre_acts.rows, pre_acts.cols, k, out);
 }
 
-// Writes the hits of one row, given as for_each_hit takes them; keep(i) has the last word. Returns how many there were.
+// Writes the hits of one row, given as for_each_hit takes them; keep(i) has the last word. All are counted, those that
+// fit are written.
 template <class T, class Limit, class Keep>
-int64_t write_hits(const T* scores, int64_t n, const Limit& limit, const Keep& keep, CodesOut out, int64_t b) {
+void write_hits(const T* scores, int64_t n, const Limit& limit, const Keep& keep, CodesOut out, int64_t b) {
   T* const values = static_cast<T*>(out.values) + b * out.width;
   int32_t* const indices = out.indices + b * out.width;
   int64_t count = 0;
@@ -386,29 +381,25 @@ int64_t write_hits(const T* scores, int64_t n, const Limit& limit, const Keep& k
     if (count < out.width) values[count] = scores[i], indices[count] = int32_t(i);
     ++count;
   });
-  const int64_t written = std::min(count, out.width);
-  out.counts[b] = int32_t(written);
-  RowSelector<Acc<T>>::pad(values, indices, written, out.width);
-  return count;
+  out.counts[b] = int32_t(count);
+  RowSelector<Acc<T>>::pad(values, indices, std::min(count, out.width), out.width);
 }
 
 template <class T>
-int64_t threshold_select(ParallelFor run, Matrix pre_acts, const void* limit, CodesOut out) {
-  std::atomic<int64_t> widest{0};
+void threshold_select(ParallelFor run, Matrix pre_acts, const void* limit, CodesOut out) {
   parallel(run, pre_acts.rows, 4, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const T* scores = static_cast<const T*>(pre_acts.data) + b * pre_acts.stride;
       const RowLimit<Acc<T>> row_limit{static_cast<const Acc<T>*>(limit)};
-      raise_to(widest, write_hits(scores, pre_acts.cols, row_limit, [](int64_t) { return true; }, out, b));
+      write_hits(scores, pre_acts.cols, row_limit, [](int64_t) { return true; }, out, b);
     }
   });
-  return widest;
 }
 
 // Radix select over all positive keys, eleven bits a pass from the top: the budget-th largest key, and how many keys
 // equal to it are still wanted. Integer counts: the result does not depend on how the rows are shared out.
 template <class T>
-int64_t batch_topk_select(ParallelFor run, Matrix pre_acts, int64_t budget, CodesOut out) {
+void batch_topk_select(ParallelFor run, Matrix pre_acts, int64_t budget, CodesOut out) {
   using A = Acc<T>;
   constexpr int kDigit = 11, kBits = 8 * sizeof(A) - 1;
   const int64_t n = pre_acts.cols, tasks = std::min<int64_t>(pre_acts.rows, 64);
@@ -458,7 +449,6 @@ int64_t batch_topk_select(ParallelFor run, Matrix pre_acts, int64_t budget, Code
     ties[b] = std::min(ties[b], wanted);
     wanted -= ties[b];
   }
-  std::atomic<int64_t> widest{0};
   parallel(run, pre_acts.rows, 4, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const T* scores = row(b);
@@ -467,8 +457,7 @@ int64_t batch_topk_select(ParallelFor run, Matrix pre_acts, int64_t budget, Code
         const Key<A> key = to_key(widen(scores[i]));
         return budget > 0 && (key > bound || (key == bound && from_ties-- > 0));
       };
-      raise_to(widest, write_hits(scores, n, ScalarLimit<A>{0}, keep, out, b));
+      write_hits(scores, n, ScalarLimit<A>{0}, keep, out, b);
     }
   });
-  return widest;
 }

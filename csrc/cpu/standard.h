@@ -15,7 +15,6 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>

@@ -1,0 +1,48 @@
+"""What every backend of kernels does to its arguments before, and to its results after."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .codes import SparseCodes, acc_dtype
+
+
+def rows(matrix: Tensor) -> Tensor:
+    """The matrix itself where its rows are contiguous, else a copy: kernels take one stride, that of the rows."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
+
+
+def vector(bias: Tensor | None) -> Tensor | None:
+    """The bias, contiguous."""
+    return None if bias is None else bias.contiguous()
+
+
+def empty_codes(data: Tensor, width: int) -> SparseCodes:
+    """Codes for a selection from the rows of `data`, to be written by a kernel."""
+    n_rows = data.shape[0]
+    return SparseCodes(
+        data.new_empty(n_rows, width),
+        data.new_empty(n_rows, width, dtype=torch.int32),
+        data.new_empty(n_rows, dtype=torch.int32),
+    )
+
+
+def limits(pre_acts: Tensor, threshold: Tensor) -> Tensor:
+    """`[F]` limits in the accumulation dtype: an entry is kept unless it is `<=` its limit.
+
+    Rounded down, so that no entry of that dtype changes sides; at least 0; and +inf for a NaN threshold, which keeps
+    nothing but NaN.
+    """
+    limit = threshold.to(acc_dtype(pre_acts.dtype))
+    rounded_up = limit.double() > threshold.double()
+    limit = torch.where(rounded_up, torch.nextafter(limit, limit.new_full((), -torch.inf)), limit)
+    return limit.nan_to_num(nan=torch.inf, posinf=torch.inf).clamp(min=0).expand(pre_acts.shape[1]).contiguous()
+
+
+def require_width(counts: Tensor, k_max: int, op: str) -> None:
+    """Raise ValueError where a row has more than `k_max` entries; on an accelerator, assert it asynchronously."""
+    if counts.device.type != "cpu":
+        torch._assert_async((counts <= k_max).all(), f"{op}: k_max={k_max} is too small for a row of the batch")
+    elif counts.numel() and int(counts.max()) > k_max:
+        raise ValueError(f"{op}: k_max must be at least {int(counts.max())}, the active latents of a row; got {k_max}")
