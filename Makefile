@@ -14,7 +14,7 @@ PEERS_BIN := $(PEERS_VENV)/bin
 PEERS_PIP := $(PEERS_BIN)/python -m pip install --quiet --disable-pip-version-check
 PEERS_INSTALLED := $(PEERS_VENV)/.installed
 
-.PHONY: demo test bench bench-peers lint format
+.PHONY: demo test bench bench-peers gpu-suite lint format
 
 # 128-token contexts say more in their mean than in their last token, and the published phase-3 penalty, made for 250,000
 # contexts, would flatten k with the few hundred of the demo: README, "What the demo does".
@@ -30,6 +30,10 @@ bench: $(INSTALLED)
 bench-peers: $(PEERS_INSTALLED)
 	$(PEERS_BIN)/python -m benchmarks.peers --json benchmarks/results/peers.json
 	$(PEERS_BIN)/python -m benchmarks.train_step --json benchmarks/results/peers.json --plot benchmarks/results/train_step.png
+
+# On a machine with an NVIDIA GPU; a second run goes on where the first one stopped.
+gpu-suite: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_suite --out benchmarks/results
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

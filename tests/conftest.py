@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,20 @@ ALL_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat
 # The C++ backend leaves fp16 to the reference.
 DTYPES = {"cpu": ("fp32", "fp64", "bf16"), "triton": ("fp32", "bf16", "fp16"), "cuda": ("fp32", "bf16", "fp16")}
 
+# In the interpreter's process only the Triton backend is tested: the others have theirs.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Rows of odd shapes. The interpreter takes 10 ms a row, and to it more rows are more of the same.
+MANY_ROWS = 37 if INTERPRETED else 257
+# Threads a result must not depend on; the interpreter has one.
+THREADS = (1,) if INTERPRETED else (1, 2, 3)
+
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if INTERPRETED:
+        # NumPy, which the interpreter computes with, warns of every NaN and infinity; tests make them on purpose.
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
 
 
 @dataclass(frozen=True)
@@ -37,8 +51,12 @@ class Case:
 
 def _cases() -> Iterator:
     backends = aksae_kernels.available_backends()
+    if INTERPRETED:
+        for name in DTYPES["triton"]:
+            yield pytest.param(Case("triton", "cpu", ALL_DTYPES[name]), id=f"triton-{name}")
+        return
     # Always there in a full installation: where it is missing, its tests are skipped with the reason, not left out.
-    for backend in dict.fromkeys(("cpu", "reference", *backends)):
+    for backend in dict.fromkeys(("cpu", "reference", "triton", *backends)):
         missing = pytest.mark.skipif(backend not in backends, reason=f"backend {backend!r} is not available")
         for name in DTYPES.get(backend, ALL_DTYPES):
             if backend in ("cpu", "reference"):
@@ -82,7 +100,7 @@ def fp64(request: pytest.FixtureRequest) -> Iterator[Case]:
     yield from _entered(request.param)
 
 
-@pytest.fixture(params=[case for case in CASES if case.id in ("cpu-fp32", "reference-fp32")])
+@pytest.fixture(params=[case for case in CASES if case.id in ("cpu-fp32", "reference-fp32", "triton-fp32")])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend for CPU tensors, and nothing else set up."""
     with aksae_kernels.use_backend(request.param.backend):
