@@ -7,6 +7,7 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
+INTERPRETED := $(patsubst %,tests/test_%.py,select encode decode optim compile triton)
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
 
 PEERS_VENV ?= .venv-peers
@@ -21,8 +22,11 @@ PEERS_INSTALLED := $(PEERS_VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/aksae train --output runs/demo --overwrite --probe-reads mean --phase3-penalty fitted
 
+# The second run has the op tests once more, on the Triton backend in Triton's interpreter, which must be chosen before
+# Triton is imported. It computes with NumPy, one program after the other, so a process for each core.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(INTERPRETED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run

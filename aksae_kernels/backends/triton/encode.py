@@ -258,7 +258,7 @@ def _filter(
         lists.capacity,
         lists.counts,
         lists.bars,
-        first + n == n_latents,
+        int(first + n == n_latents),
         *bound,
         HAS_BIAS=bias is not None,
         SCREEN=screened,
