@@ -307,7 +307,8 @@ def topk_encode(
     their sums differs, within the error above. 16-bit inputs are multiplied on those units directly; on CPUs products
     below 2^-126 count as 0 there, as they do in torch's own bf16 products. `frozen` saves rounding W_enc in every call.
 
-    On GPUs it takes one slab of memory beside arguments and result, 128 MB or what AKSAE_SLAB_MB says.
+    Beside arguments and result it takes memory for a part of the scores: on `triton` one slab, 128 MB or what
+    AKSAE_SLAB_MB says; on `cuda` 512 MB at most (128 rows at least), and for fp32 bf16 copies of x and W_enc.
 
     Args:
         x: `[..., D]`.

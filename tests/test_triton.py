@@ -152,6 +152,8 @@ def small(monkeypatch):
     monkeypatch.setattr(tuning, "_SLAB_LATENTS", 64)
     monkeypatch.setattr(tuning, "_SLAB_CACHED_BYTES", 0)
     monkeypatch.setattr(tuning, "_LEAST_PIECE", 8)
+    monkeypatch.setattr(tuning, "gather", lambda *_: tuning.Config("gather", (("BLOCK_K", 4), ("BLOCK_D", 4))))
+    monkeypatch.setattr(tuning, "slice_width", lambda *_: 8)
     monkeypatch.setattr(tuning, "slab_bytes", lambda: 20_000)
     monkeypatch.setattr(encode, "_LEAST_LISTED", 8)
 

@@ -207,23 +207,29 @@ def _encode_screened(
     for first in range(0, n_latents, n_slab):
         # A tile is gone before the next one is rounded.
         _screen(rounded, W, weight, slab, first, bias, lists)
-    launch(
-        _rescore_kernel,
-        (len(x), triton.cdiv(capacity, tuning.ENTRIES)),
-        x,
-        x.stride(0),
-        W,
-        W.stride(0),
-        bias,
-        depth,
-        lists.keys,
-        lists.columns,
-        capacity,
-        lists.counts,
-        HAS_BIAS=bias is not None,
-        ENTRIES=tuning.ENTRIES,
-        **tuning.gather(n_latents, depth, W.element_size()).meta,
-    )
+    gather = tuning.gather(n_latents, depth, W.element_size())
+    slice_width = tuning.slice_width(n_latents, depth, W.element_size(), gather["BLOCK_D"])
+    # Once at least: without columns a score is the bias.
+    for first in range(0, max(depth, 1), slice_width):
+        launch(
+            _rescore_kernel,
+            (len(x), triton.cdiv(capacity, tuning.ENTRIES)),
+            x,
+            x.stride(0),
+            W,
+            W.stride(0),
+            bias,
+            first,
+            min(first + slice_width, depth),
+            depth,
+            lists.keys,
+            lists.columns,
+            capacity,
+            lists.counts,
+            HAS_BIAS=bias is not None,
+            ENTRIES=tuning.ENTRIES,
+            **gather.meta,
+        )
     exact = tuning.exact(n_slab)
     launch(
         _encode_exactly_kernel,
@@ -419,6 +425,8 @@ def _rescore_kernel(
     W_ptr,
     stride_W,
     bias_ptr,
+    first,
+    last,
     depth,
     keys_ptr,
     columns_ptr,
@@ -429,20 +437,25 @@ def _rescore_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The fp32 scores of the candidates, in the place of their lower bounds."""
+    """The fp32 scores of the candidates, in the place of their lower bounds: by slices of columns, whose sums so far
+    stand there as they are; the last slice makes keys of them."""
     row = tl.program_id(0).to(tl.int64)
     keys_ptr += row * capacity
     columns_ptr += row * capacity
     count = tl.load(counts_ptr + row)
+    n_before = tl.where(first > 0, count, 0)
+    n_biased = tl.where(last == depth, count, 0)
     begin = tl.program_id(1) * ENTRIES
     for start in range(begin, tl.minimum(begin + ENTRIES, count), BLOCK_K):
         entry = start + tl.arange(0, BLOCK_K)
         live = entry < count
         latent = tl.load(columns_ptr + entry, mask=live, other=0)
-        score = gather_dots(latent, live, W_ptr, stride_W, x_ptr + row * stride_x, 0, depth, BLOCK_K, BLOCK_D)
+        score = gather_dots(latent, live, W_ptr, stride_W, x_ptr + row * stride_x, first, last, BLOCK_K, BLOCK_D)
+        before = tl.load(keys_ptr + entry, mask=entry < n_before, other=0)
+        score += before.to(tl.float32, bitcast=True)
         if HAS_BIAS:
-            score += tl.load(bias_ptr + latent, mask=live, other=0.0)
-        tl.store(keys_ptr + entry, to_key(score), mask=live)
+            score += tl.load(bias_ptr + latent, mask=entry < n_biased, other=0.0)
+        tl.store(keys_ptr + entry, tl.where(last == depth, to_key(score), score.to(tl.int32, bitcast=True)), mask=live)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_groups", "capacity"])

@@ -114,7 +114,7 @@ def sparse_value_grad(grad: Tensor, indices: Tensor, counts: Tensor, W: Tensor) 
     grad, W = rows(grad), rows(W)
     indices, counts = indices.contiguous(), counts.contiguous()
     config = tuning.gather(n_latents, d_in, W.element_size())
-    slice_width = tuning.slice_width(n_latents, W.element_size(), config["BLOCK_D"])
+    slice_width = tuning.slice_width(n_latents, d_in, W.element_size(), config["BLOCK_D"])
     # Slices add to the dots in turn; a single one may round them at once.
     one_slice = d_in <= slice_width
     dots = torch.zeros(n_rows, width, dtype=grad.dtype if one_slice else torch.float32, device=grad.device)
@@ -214,7 +214,7 @@ def by_latent(indices: Tensor, counts: Tensor, d_sae: int) -> tuple[Tensor, Tens
         d_sae,
         order,
         BLOCK=_ORDERED,
-        OTHERS=16,
+        OTHERS=32,
         num_warps=4,
     )
     return order, offsets, hits

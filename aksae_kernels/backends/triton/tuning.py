@@ -90,9 +90,11 @@ def gather(n_rows: int, d_in: int, element_size: int) -> Config:
     return _config("gather", BLOCK_K=max(4, 4096 // block_d), BLOCK_D=block_d)
 
 
-def slice_width(n_rows: int, element_size: int, block_d: int) -> int:
-    """Columns of a gathered matrix that stay in that cache, a multiple of `block_d`, where a program takes them all."""
-    return max(1, _cached_columns(n_rows, element_size) // block_d) * block_d
+def slice_width(n_rows: int, d_in: int, element_size: int, block_d: int) -> int:
+    """Columns of a gathered matrix that stay in that cache, where one program takes them all: a multiple of `block_d`,
+    or all there are where not even 128 would stay."""
+    columns = _cached_columns(n_rows, element_size)
+    return max(1, d_in) if columns < 128 else max(1, columns // block_d) * block_d
 
 
 def weight_grad(n_rows: int, d_in: int, element_size: int) -> Config:
