@@ -21,11 +21,12 @@ AUTO = "auto"
 # A backend is a module with one function per op, `unavailable()` and `refuse(op, tensor)`, each giving a sentence or
 # None, and `describe()`. It is imported when it is first considered.
 _MODULES = {
+    "cuda": "aksae_kernels.backends.cuda",
     "cpu": "aksae_kernels.backends.native",
     "reference": "aksae_kernels.reference",
 }
 # By preference, per device type; other devices have the reference alone.
-_CANDIDATES = {"cpu": ("cpu", "reference")}
+_CANDIDATES = {"cuda": ("cuda", "reference"), "cpu": ("cpu", "reference")}
 _FALLBACK = ("reference",)
 
 # Process-wide, like torch.set_num_threads. A plain global, because torch.compile guards on those: a compiled function

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 import aksae_kernels
+from aksae_kernels.backends import cuda
 
 ALL_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The C++ backend leaves fp16 to the reference.
 DTYPES = {"cpu": ("fp32", "fp64", "bf16"), "triton": ("fp32", "bf16", "fp16"), "cuda": ("fp32", "bf16", "fp16")}
+
+# The CUDA kernels compiled for the host (`tests/test_cuda.py` builds them): with it, the `cuda` backend on CPU tensors
+# is all that tests run on.
+EMULATED = os.environ.get("AKSAE_CUDA_EMULATION")
+if EMULATED:
+    cuda._DEVICE, cuda._binary = "cpu", lambda: Path(EMULATED)
+    assert cuda.unavailable() is None, cuda.unavailable()
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -36,6 +46,10 @@ class Case:
 
 
 def _cases() -> Iterator:
+    if EMULATED:
+        for name in DTYPES["cuda"]:
+            yield pytest.param(Case("cuda", "cpu", ALL_DTYPES[name]), id=f"cuda-emulated-{name}")
+        return
     backends = aksae_kernels.available_backends()
     # Always there in a full installation: where it is missing, its tests are skipped with the reason, not left out.
     for backend in dict.fromkeys(("cpu", "reference", *backends)):
@@ -64,6 +78,22 @@ def _entered(case: Case) -> Iterator[Case]:
         torch.use_deterministic_algorithms(was)
 
 
+# What the contract asks of CPU tensors alone, by test.
+CPU_ONLY = {
+    "test_index_out_of_range_raises": "such an index is undefined on an accelerator",
+    "test_too_few_latents_raise": "such an index is undefined on an accelerator",
+    "test_count_out_of_range_raises": "such a count is undefined on an accelerator",
+    "test_check_codes_catches_a_wrong_entry": "its scores are fp64",
+    "test_check_codes_tolerates_near_ties_only_within_the_tolerance": "its scores are fp64",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items if EMULATED else ():
+        if reason := CPU_ONLY.get(getattr(item, "originalname", "")):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     """Every backend on every device with every dtype it takes; the backend is in force during the test."""
@@ -82,7 +112,7 @@ def fp64(request: pytest.FixtureRequest) -> Iterator[Case]:
     yield from _entered(request.param)
 
 
-@pytest.fixture(params=[case for case in CASES if case.id in ("cpu-fp32", "reference-fp32")])
+@pytest.fixture(params=[case for case in CASES if case.id in ("cpu-fp32", "reference-fp32", "cuda-emulated-fp32")])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend for CPU tensors, and nothing else set up."""
     with aksae_kernels.use_backend(request.param.backend):
