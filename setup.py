@@ -31,7 +31,7 @@ CPU_SOURCES = (
     "cpu/isa_avx512",
 )
 
-CUDA_SOURCES = ("bind_cuda", "cuda/scan", "cuda/select", "cuda/sparse", "cuda/adam")
+CUDA_SOURCES = ("bind_cuda", "cuda/scan", "cuda/select", "cuda/encode", "cuda/sparse", "cuda/adam")
 # As TORCH_CUDA_ARCH_LIST has them.
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]

@@ -137,6 +137,18 @@ void topk_select(const Tensor& pre_acts, const Tensor& k, const Tensor& values, 
                "topk_select");
 }
 
+void topk_encode(const Tensor& x, const Tensor& W_enc, const std::optional<Tensor>& b_enc, const Tensor& k,
+                 const Tensor& values, const Tensor& indices, const Tensor& counts) {
+  const Call call(x);
+  const auto rows = call.matrix(x, "x"), weight = call.matrix(W_enc, "W_enc");
+  STD_TORCH_CHECK(rows.cols == weight.cols, "aksae_cuda: x and W_enc must have the same number of columns");
+  const Tensor workspace = call.workspace(aksae::topk_encode_workspace(call.dtype(), rows, weight));
+  check_launch(aksae::launch_topk_encode(call.stream(), call.dtype(), rows, weight,
+                                         call.vector(b_enc, "b_enc", weight.rows), call.row_k(k, rows.rows),
+                                         call.codes_out(values, indices, counts, rows.rows), workspace.data_ptr()),
+               "topk_encode");
+}
+
 void batch_topk_select(const Tensor& pre_acts, int64_t budget, const Tensor& values, const Tensor& indices,
                        const Tensor& counts) {
   const Call call(pre_acts);
@@ -237,6 +249,9 @@ void adam_step(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, c
 STABLE_TORCH_LIBRARY(aksae_cuda, m) {
   m.def("topk_select(Tensor pre_acts, Tensor k, Tensor(a!) values, Tensor(b!) indices, Tensor(c!) counts) -> ()");
   m.def(
+      "topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor k, Tensor(a!) values, Tensor(b!) indices, "
+      "Tensor(c!) counts) -> ()");
+  m.def(
       "batch_topk_select(Tensor pre_acts, int budget, Tensor(a!) values, Tensor(b!) indices, Tensor(c!) counts) -> "
       "()");
   m.def(
@@ -258,6 +273,7 @@ STABLE_TORCH_LIBRARY(aksae_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(aksae_cuda, AKSAE_DISPATCH_KEY, m) {
   m.impl("topk_select", TORCH_BOX(&topk_select));
+  m.impl("topk_encode", TORCH_BOX(&topk_encode));
   m.impl("batch_topk_select", TORCH_BOX(&batch_topk_select));
   m.impl("threshold_select", TORCH_BOX(&threshold_select));
   m.impl("sparse_decode", TORCH_BOX(&sparse_decode));

@@ -104,6 +104,8 @@ const char* cuda_error(int error);
 
 // As the functions of CpuKernels.
 int launch_topk_select(Stream, DType, Matrix pre_acts, const int32_t* k, CodesOut);
+int64_t topk_encode_workspace(DType, Matrix x, Matrix W);
+int launch_topk_encode(Stream, DType, Matrix x, Matrix W, const void* b, const int32_t* k, CodesOut, void* workspace);
 int64_t batch_topk_workspace(int64_t rows);
 int launch_batch_topk_select(Stream, DType, Matrix pre_acts, int64_t budget, CodesOut, void* workspace);
 int launch_threshold_select(Stream, DType, Matrix pre_acts, const float* limit, CodesOut);

@@ -49,8 +49,6 @@ def refuse(op: str, tensor: Tensor) -> str | None:
         return f"it takes {_DEVICE} tensors, not {tensor.device.type}"
     if tensor.dtype not in _DTYPES:
         return f"it takes float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
-    if op == "topk_encode":
-        return "it has no encode yet"
     return None
 
 
@@ -61,6 +59,12 @@ def describe() -> str:
 def topk_select(pre_acts: Tensor, k: Tensor, k_max: int) -> SparseCodes:
     codes = empty_codes(pre_acts, k_max)
     torch.ops.aksae_cuda.topk_select(rows(pre_acts), k.contiguous(), *codes)
+    return codes
+
+
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, k_max: int) -> SparseCodes:
+    codes = empty_codes(x, k_max)
+    torch.ops.aksae_cuda.topk_encode(rows(x), rows(W_enc), vector(b_enc), k.contiguous(), *codes)
     return codes
 
 

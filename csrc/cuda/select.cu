@@ -6,46 +6,7 @@ namespace aksae {
 
 namespace {
 
-constexpr int kGroupShift = 5;
-
 // ---------------------------------------------------------------------------------------------- topk_select
-
-// Maxima of the groups of a row, in one pass over it.
-template <class T, bool Aligned>
-__device__ void group_maxima(const T* row, int64_t cols, int shift, int n_groups, Key* maxima) {
-  for (int g = threadIdx.x; g < n_groups; g += kThreads) maxima[g] = 0;
-  __syncthreads();
-  if constexpr (Aligned) {
-    constexpr int kEach = 4, kSpan = kVector<T>, kGroupLanes = (1 << kGroupShift) / kSpan;
-    for (int64_t base = 0; base < cols; base += kThreads * kSpan * kEach) {
-      const int64_t first = base + warp_id() * (kWarp * kSpan * kEach) + lane_id() * kSpan;
-      Vector<T> loaded[kEach];
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const int64_t c = first + i * kWarp * kSpan;
-        loaded[i] = Vector<T>{};
-        if (c < cols) loaded[i] = *reinterpret_cast<const Vector<T>*>(row + c);
-      }
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        Key best = 0;
-#pragma unroll
-        for (int j = 0; j < kSpan; ++j) best = max(best, key_of(widen(loaded[i].at[j])));
-#pragma unroll
-        for (int bits = 1; bits < kGroupLanes; bits *= 2) best = max(best, __shfl_xor_sync(kAllLanes, best, bits));
-        const int64_t c = first + i * kWarp * kSpan;
-        if (lane_id() % kGroupLanes == 0 && c < cols && best) atomicMax(&maxima[c >> shift], best);
-      }
-    }
-  } else {
-    for (int64_t base = warp_id() * kWarp; base < cols; base += kThreads) {
-      const int64_t c = base + lane_id();
-      const Key best = __reduce_max_sync(kAllLanes, c < cols ? key_of(widen(row[c])) : 0u);
-      if (lane_id() == 0 && best) atomicMax(&maxima[base >> shift], best);
-    }
-  }
-  __syncthreads();
-}
 
 template <class T, bool Aligned>
 __global__ void __launch_bounds__(kThreads)
@@ -200,7 +161,7 @@ BatchWorkspace batch_workspace(void* data, int64_t rows) {
 const char* cuda_error(int error) { return cudaGetErrorString(cudaError_t(error)); }
 
 int launch_topk_select(Stream stream, DType dtype, Matrix pre_acts, const int32_t* k, CodesOut out) {
-  const Grouping group = grouping(pre_acts.cols, kGroupShift);
+  const Grouping group = grouping(pre_acts.cols);
   return with_type(dtype, is_aligned(dtype, pre_acts), [&](auto type, auto aligned) {
     return launch(stream, topk_select_kernel<decltype(type), aligned()>, pre_acts.rows, 1, kThreads,
                   select_bytes(group.n), pre_acts, k, out, group);

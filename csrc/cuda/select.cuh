@@ -135,7 +135,7 @@ struct SelectShared {
 };
 
 // Dynamic shared memory of a selection: the maxima, the groups that are read, the candidates.
-constexpr int kMostGroups = 4096, kCandidates = 2048;
+constexpr int kGroupShift = 5, kMostGroups = 4096, kCandidates = 2048;
 constexpr int64_t select_bytes(int64_t n_groups) { return n_groups * 8 + kCandidates * 8; }
 
 // The k best of a row of `cols` scores; groups have 2^shift columns. key(i) reads a score.
@@ -181,12 +181,49 @@ __device__ void select_row(int64_t cols, int shift, int n_groups, int64_t k, Key
   out.finish(n);
 }
 
-// Groups for rows of `cols` columns: at least 2^least columns each, and at most kMostGroups.
+// Maxima of the groups of a row, in one pass over it.
+template <class T, bool Aligned>
+__device__ void group_maxima(const T* row, int64_t cols, int shift, int n_groups, Key* maxima) {
+  for (int g = threadIdx.x; g < n_groups; g += kThreads) maxima[g] = 0;
+  __syncthreads();
+  if constexpr (Aligned) {
+    constexpr int kEach = 4, kSpan = kVector<T>, kGroupLanes = (1 << kGroupShift) / kSpan;
+    for (int64_t base = 0; base < cols; base += kThreads * kSpan * kEach) {
+      const int64_t first = base + warp_id() * (kWarp * kSpan * kEach) + lane_id() * kSpan;
+      Vector<T> loaded[kEach];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int64_t c = first + i * kWarp * kSpan;
+        loaded[i] = Vector<T>{};
+        if (c < cols) loaded[i] = *reinterpret_cast<const Vector<T>*>(row + c);
+      }
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        Key best = 0;
+#pragma unroll
+        for (int j = 0; j < kSpan; ++j) best = max(best, key_of(widen(loaded[i].at[j])));
+#pragma unroll
+        for (int bits = 1; bits < kGroupLanes; bits *= 2) best = max(best, __shfl_xor_sync(kAllLanes, best, bits));
+        const int64_t c = first + i * kWarp * kSpan;
+        if (lane_id() % kGroupLanes == 0 && c < cols && best) atomicMax(&maxima[c >> shift], best);
+      }
+    }
+  } else {
+    for (int64_t base = warp_id() * kWarp; base < cols; base += kThreads) {
+      const int64_t c = base + lane_id();
+      const Key best = __reduce_max_sync(kAllLanes, c < cols ? key_of(widen(row[c])) : 0u);
+      if (lane_id() == 0 && best) atomicMax(&maxima[base >> shift], best);
+    }
+  }
+  __syncthreads();
+}
+
+// Groups for rows of `cols` columns: at least 2^kGroupShift columns each, and at most kMostGroups.
 struct Grouping {
   int shift, n;
 };
-inline Grouping grouping(int64_t cols, int least) {
-  int shift = least;
+inline Grouping grouping(int64_t cols) {
+  int shift = kGroupShift;
   while (ceil_div(cols, int64_t(1) << shift) > kMostGroups) ++shift;
   return {shift, int(ceil_div(cols, int64_t(1) << shift))};
 }

@@ -106,6 +106,10 @@ void meet_warp();
 int meet_block(int number);
 // Threads [128 i, 128 (i + 1)) of the block, and those of a named barrier.
 void meet_group(int barrier, int threads);
+// Copies of 16 bytes, or of zeros, that take place when their group is waited for.
+void begin_copy(void* to, const void* from);
+void end_copies();
+void wait_copies(int pending_groups);
 // Lets the others run: for loops that wait for memory to change.
 void pause();
 [[noreturn]] void fail(const char* why);

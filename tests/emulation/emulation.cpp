@@ -46,7 +46,9 @@ struct Fiber : Thread {
   jmp_buf here;
   ucontext_t start;
   bool started = false;
-  int group = -1;  // the named barrier it waits at
+  std::vector<std::pair<void*, const void*>> copies;
+  std::vector<size_t> copy_groups;  // ends in copies
+  int group = -1;                   // the named barrier it waits at
 };
 
 struct Group {
@@ -122,7 +124,7 @@ void Block::run(const cudaLaunchConfig_t& config, const std::function<void()>& k
     void* const stack =
         mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) fail("no memory for stacks");
-    fiber->start = {};
+  
     getcontext(&fiber->start);
     fiber->start.uc_stack.ss_sp = stack;
     fiber->start.uc_stack.ss_size = kStack;
@@ -139,6 +141,8 @@ void Block::run(const cudaLaunchConfig_t& config, const std::function<void()>& k
     fiber.lane = i % kWarp;
     fiber.operations = 0;
     fiber.state = State::ready;
+    fiber.copies.clear();
+    fiber.copy_groups.clear();
   }
   for (int w = 0; w < n_warps; ++w) warps[w].arrived = warps[w].done = 0;
   std::memset(aksae::shared_memory, kPoison, config.dynamicSmemBytes + kCanary);
@@ -249,6 +253,32 @@ void meet_group(int barrier, int threads) {
 }
 
 void pause() { wait(); }
+
+void begin_copy(void* to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("an unaligned copy");
+  static_cast<Fiber*>(self)->copies.emplace_back(to, from);
+}
+void end_copies() {
+  Fiber* const fiber = static_cast<Fiber*>(self);
+  fiber->copy_groups.push_back(fiber->copies.size());
+}
+void wait_copies(int pending_groups) {
+  Fiber* const fiber = static_cast<Fiber*>(self);
+  auto& copies = fiber->copies;
+  auto& groups = fiber->copy_groups;
+  const size_t done = groups.size() > size_t(pending_groups) ? groups.size() - size_t(pending_groups) : 0;
+  if (!done) return;
+  const size_t end = groups[done - 1];
+  for (size_t i = 0; i < end; ++i) {
+    if (copies[i].second)
+      std::memcpy(copies[i].first, copies[i].second, 16);
+    else
+      std::memset(copies[i].first, 0, 16);
+  }
+  copies.erase(copies.begin(), copies.begin() + ptrdiff_t(end));
+  groups.erase(groups.begin(), groups.begin() + ptrdiff_t(done));
+  for (size_t& group : groups) group -= end;
+}
 
 cudaError_t allow_shared(const void* kernel, int bytes) {
   if (bytes < 0 || size_t(bytes) > kMostShared) return cudaErrorInvalidValue;
