@@ -119,6 +119,9 @@ def gencode(architectures):
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if parts[3]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        if number == "90a":
+            # Plain 9.0 has no wgmma; the host code must know which of the two was built.
+            flags.append("-DAKSAE_SM90A")
     return flags
 
 

@@ -157,12 +157,14 @@ int launch(Stream stream, void (*kernel)(Parameters...), int64_t blocks, int64_t
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
-// Of the current device; 1 where it does not say.
-inline int multiprocessors() {
-  int device = 0, n = 1;
-  if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device)) return 1;
-  return n;
+// Of the current device; `otherwise` where it does not say.
+inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
+  int device = 0, value = 0;
+  return cudaGetDevice(&device) || cudaDeviceGetAttribute(&value, attribute, device) ? otherwise : value;
 }
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount, 1); }
+// The major number.
+inline int compute_capability() { return device_attribute(cudaDevAttrComputeCapabilityMajor, 0); }
 
 // Calls body(T{}) with the type of the dtype.
 template <class Body>

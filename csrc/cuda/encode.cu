@@ -7,6 +7,7 @@
 // fp32, and ranked by that. A row with more of them than fit in shared memory, as one of numbers that are not finite,
 // joins a list, and all its scores are computed in fp32; the list stays on the device.
 #include "product_sm80.cuh"
+#include "product_sm90.cuh"
 
 namespace aksae {
 
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const CodeRowOut<Out> codes(out, row);
   const int64_t wanted = min(int64_t(k[row]), out.width);
   if (wanted <= 0) return codes.finish(0);
-  const float* const scores = sink.scores + row * sink.cols;
+  const float* const scores = sink.scores + row * sink.stride;
   join_maxima(sink.maxima + row * sink.groups, sink.groups, group, reinterpret_cast<Key*>(shared_memory));
   select_row(
       sink.cols, group.shift, group.n, wanted, [&](int64_t i) { return key_of(scores[i]); }, shared_memory, shared,
@@ -131,10 +132,10 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       group.n, first, [&](int64_t i) { return maxima[i]; }, shared.counts,
       [&](int64_t at, int64_t g, Key) { groups[at] = int32_t(g); });
   __syncthreads();
-  const float* const scores = sink.scores + row * sink.cols;
+  const float* const scores = sink.scores + row * sink.stride;
   const Norms norms = sink.screen.x[row];
   const auto error = [&](int64_t c) {
-    return sink.screen.error(norms, sink.screen.W[c], sink.bias ? sink.bias[c] : 0.0f);
+    return sink.screen.error(norms, sink.screen.W[c], sink.screen.own_error(sink.bias[c]));
   };
   const auto column = [&](int64_t i) {
     return (int64_t(groups[i >> group.shift]) << group.shift) + (i & ((1 << group.shift) - 1));
@@ -143,13 +144,13 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       n_read << group.shift, first,
       [&](int64_t i) {
         const int64_t c = column(i);
-        return c < sink.cols ? upper_key(scores[c], error(c)) : 0;
+        return c < sink.cols ? upper_key(scores[c] + error(c)) : 0;
       },
       shared.counts,
       [&](int64_t at, int64_t i, Key x) {
         if (at >= kCandidates) return;
         const int64_t c = column(i);
-        upper[at] = x, lower[at] = lower_key(scores[c], error(c)), columns[at] = int32_t(c);
+        upper[at] = x, lower[at] = lower_key(scores[c] - error(c)), columns[at] = int32_t(c);
       });
   __syncthreads();
   if (n_candidates > kCandidates) {
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   for (int64_t i = warp_id(); i < n_chosen; i += kWarps) {
     const int64_t c = chosen[i];
     const float score = exact_product<Aligned>(x_row, row_of<float>(W, c), x.cols);
-    if (lane_id() == 0) keys[i] = key_of(score + (sink.bias ? sink.bias[c] : 0.0f));
+    if (lane_id() == 0) keys[i] = key_of(score + sink.bias[c]);
   }
   __syncthreads();
   const auto key = [&](int64_t i) { return keys[i]; };
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       for (int l = 0; l < 4; ++l) {
         const int64_t i = first + thread_y * 2 + r, c = first_col + thread_x + l * 16;
         if (i < n && c < sink.cols)
-          sink.scores[int64_t(unscreened.rows[i]) * sink.cols + c] = sums[r][l] + (sink.bias ? sink.bias[c] : 0.0f);
+          sink.scores[int64_t(unscreened.rows[i]) * sink.stride + c] = sums[r][l] + sink.bias[c];
       }
   }
 }
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   __shared__ SelectShared shared;
   for (int64_t i = blockIdx.x; i < *unscreened.count; i += gridDim.x) {
     const int64_t row = unscreened.rows[i];
-    const float* const scores = sink.scores + row * sink.cols;
+    const float* const scores = sink.scores + row * sink.stride;
     group_maxima<float, false>(scores, sink.cols, group.shift, group.n, reinterpret_cast<Key*>(shared_memory));
     select_row(
         sink.cols, group.shift, group.n, min(int64_t(k[row]), out.width), [&](int64_t c) { return key_of(scores[c]); },
@@ -249,10 +250,11 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 constexpr int64_t kScoreBytes = int64_t(512) << 20;
 
 struct EncodePlan {
-  int64_t chunk, groups, stride;  // rows; groups of a row; of packed rows, in elements
-  uint16_t *x, *W;                // packed, where they are not taken as they lie
+  int64_t chunk, groups;                // rows; groups of a row
+  int64_t packed_stride, score_stride;  // in elements
+  uint16_t *x, *W;                      // packed, where they are not taken as they lie
   Norms *x_norms, *W_norms;
-  float* scores;
+  float *scores, *no_bias;
   Key *maxima, *lower;
   Unscreened unscreened;
   int64_t bytes;
@@ -264,14 +266,16 @@ EncodePlan encode_plan(DType dtype, Matrix x, Matrix W, void* workspace) {
   const int64_t most = kScoreBytes / (4 * std::max<int64_t>(1, W.rows)) / sm80::kTile * sm80::kTile;
   plan.chunk = std::min(x.rows, std::max<int64_t>(most, sm80::kTile));
   plan.groups = ceil_div(W.rows, int64_t(1) << kGroupShift);
-  plan.stride = round_up(x.cols, 8);
+  plan.packed_stride = round_up(x.cols, 8);
+  plan.score_stride = round_up(W.rows, 2);
   const auto take = [&](auto*& array, int64_t count) {
     array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(static_cast<char*>(workspace) + plan.bytes);
     plan.bytes += round_up(count * int64_t(sizeof(*array)), 16);
   };
-  if (screened || !is_aligned(dtype, x)) take(plan.x, x.rows * plan.stride);
-  if (screened || !is_aligned(dtype, W)) take(plan.W, W.rows * plan.stride);
-  take(plan.scores, plan.chunk * W.rows);
+  if (screened || !is_aligned(dtype, x)) take(plan.x, x.rows * plan.packed_stride);
+  if (screened || !is_aligned(dtype, W)) take(plan.W, W.rows * plan.packed_stride);
+  take(plan.scores, plan.chunk * plan.score_stride);
+  take(plan.no_bias, W.rows);
   take(plan.maxima, plan.chunk * plan.groups);
   if (screened) {
     take(plan.x_norms, x.rows);
@@ -317,22 +321,28 @@ int encode(Stream stream, DType dtype, Matrix x, Matrix W, const void* b, const 
   constexpr bool kScreened = std::is_same_v<T, float>;
   using Element = std::conditional_t<kScreened, bf16, T>;
   Operand all_rows, weight;
-  if (const int error = make_operand<T>(stream, x, plan.stride, plan.x, plan.x_norms, all_rows)) return error;
-  if (const int error = make_operand<T>(stream, W, plan.stride, plan.W, plan.W_norms, weight)) return error;
+  if (const int error = make_operand<T>(stream, x, plan.packed_stride, plan.x, plan.x_norms, all_rows)) return error;
+  if (const int error = make_operand<T>(stream, W, plan.packed_stride, plan.W, plan.W_norms, weight)) return error;
+  if (!b) {
+    if (const int error = cudaMemsetAsync(plan.no_bias, 0, size_t(W.rows) * sizeof(float), stream)) return error;
+    b = plan.no_bias;
+  }
   for (int64_t first = 0; first < x.rows; first += plan.chunk) {
     const int64_t n = std::min(plan.chunk, x.rows - first);
     const Operand rows{static_cast<const uint16_t*>(all_rows.data) + first * all_rows.stride, n, all_rows.stride};
     Scores<T, kScreened> sink{static_cast<const T*>(b),
                               n,
                               W.rows,
+                              plan.score_stride,
                               plan.groups,
                               plan.scores,
                               plan.maxima,
                               plan.lower,
                               {plan.x_norms + (kScreened ? first : 0), plan.W_norms, float(x.cols + 32)}};
     const CodesOut codes = rows_of(out, dtype, first, n);
-    if (const int error = sm80::launch_product<Element>(stream, rows, weight, x.cols, sink)) return error;
-    int error;
+    int error = sm90::can_run(rows, weight, x.cols) ? sm90::launch_product<Element>(stream, rows, weight, x.cols, sink)
+                                                    : sm80::launch_product<Element>(stream, rows, weight, x.cols, sink);
+    if (error) return error;
     if constexpr (kScreened) {
       const Matrix chunk{row_of<float>(x, first), n, x.cols, x.stride};
       error = select_screened(stream, sink, chunk, W, k + first, codes, plan.unscreened);

@@ -2,7 +2,6 @@
 // steps of kStep columns ahead; a warp multiplies 64 rows with 32 latents, one group.
 #pragma once
 
-#include "ptx.cuh"
 #include "score.cuh"
 
 namespace aksae::sm80 {
@@ -32,8 +31,9 @@ __device__ __forceinline__ void copy_tile(unsigned char* to, const Operand& from
   }
 }
 
+// A screen's bounds take registers that leave room for one block.
 template <class T, class Sink>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+__global__ void __launch_bounds__(kThreads, Sink::kIsScreen ? 1 : kLeastBlocks)
     product_kernel(Operand x, Operand W, int64_t depth, int64_t row_tiles, Sink sink) {
   constexpr int kM = kWarpRows / 16, kN = kWarpCols / 8;
   // Tiles of one set of latents follow each other, so that W is read from memory once.
@@ -81,32 +81,14 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     }
   }
 
-  // Lane l has columns 2 (l % 4) and the next of rows l / 4 and 8 + l / 4 of each 16 x 8.
-  typename Sink::Latent latents[kN][2];
-  const int64_t col = first_col + warp_col + lane_id() % 4 * 2;
+  const int64_t own_col = first_col + warp_col;
+  const auto columns = sink.columns(own_col, kWarpCols);
 #pragma unroll
-  for (int n = 0; n < kN; ++n)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) latents[n][i] = sink.latent(col + n * 8 + i);
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = first_row + warp_row + m * 16 + half * 8 + lane_id() / 4;
-      const Norms norms = sink.row_norms(row);
-      Key best = 0, best_lower = 0;
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          sink.set(row, col + n * 8 + i, sums[m][n][half * 2 + i], latents[n][i], norms, best, best_lower);
-#pragma unroll
-      for (int bits = 1; bits < 4; bits *= 2) {
-        best = max(best, __shfl_xor_sync(kAllLanes, best, bits));
-        best_lower = max(best_lower, __shfl_xor_sync(kAllLanes, best_lower, bits));
-      }
-      if (lane_id() % 4 == 0) sink.set_maxima(row, first_col + warp_col, best, best_lower);
-    }
+  for (int m = 0; m < kM; ++m) {
+    const int64_t row = first_row + warp_row + m * 16 + lane_id() / 4;
+    const typename Sink::Row rows[2] = {sink.row(row, own_col), sink.row(row + 8, own_col)};
+    sink.keep(rows, columns, 0, &sums[m][0][0]);
+  }
 }
 
 template <class T, class Sink>

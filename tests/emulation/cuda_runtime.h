@@ -34,21 +34,10 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) int2 {
-  int x, y;
+struct alignas(8) float2 {
+  float x, y;
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 
 // ------------------------------------------------------------------------------------------------------ runtime
 
@@ -104,12 +93,14 @@ cudaError_t allow_shared(const void* kernel, int bytes);
 void meet_warp();
 // The sum of the threads' numbers.
 int meet_block(int number);
-// Threads [128 i, 128 (i + 1)) of the block, and those of a named barrier.
-void meet_group(int barrier, int threads);
 // Copies of 16 bytes, or of zeros, that take place when their group is waited for.
 void begin_copy(void* to, const void* from);
 void end_copies();
 void wait_copies(int pending_groups);
+// The same of anything.
+void begin_task(std::function<void()>);
+void end_tasks();
+void wait_tasks(int pending_groups);
 // Lets the others run: for loops that wait for memory to change.
 void pause();
 [[noreturn]] void fail(const char* why);
@@ -158,7 +149,6 @@ using std::min;
 
 inline void __syncthreads() { emulation::meet_block(0); }
 inline int __syncthreads_or(int predicate) { return emulation::meet_block(predicate != 0) != 0; }
-inline int __syncthreads_count(int predicate) { return emulation::meet_block(predicate != 0); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   emulation::require_full(mask);
   emulation::exchange(0);
@@ -199,7 +189,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const unsigned bit = predicate ? 1u << emulation::self->lane : 0u;
   return warp_fold(mask, bit, std::bit_or<unsigned>());
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline unsigned __match_any_sync(unsigned mask, unsigned value) {
   emulation::require_full(mask);
   const auto slots = emulation::exchange(value);
@@ -211,7 +200,6 @@ inline unsigned __match_any_sync(unsigned mask, unsigned value) {
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
-inline int __clz(unsigned bits) { return bits ? __builtin_clz(bits) : 32; }
 inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, 4);

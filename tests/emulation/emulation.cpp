@@ -1,5 +1,5 @@
 // The scheduler behind cuda_runtime.h, and the two functions of a CUDA build of torch that the binding calls.
-#include "cuda_runtime.h"
+#include "cuda.h"
 
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -40,26 +40,36 @@ namespace {
 
 enum class State { ready, waiting, done };
 
+// What a thread has begun and will see when it waits for it, by groups.
+struct Queue {
+  std::vector<std::function<void()>> tasks;
+  std::vector<size_t> ends;
+
+  void wait(int pending_groups) {
+    const size_t done = ends.size() > size_t(pending_groups) ? ends.size() - size_t(pending_groups) : 0;
+    if (!done) return;
+    const size_t end = ends[done - 1];
+    for (size_t i = 0; i < end; ++i) tasks[i]();
+    tasks.erase(tasks.begin(), tasks.begin() + ptrdiff_t(end));
+    ends.erase(ends.begin(), ends.begin() + ptrdiff_t(done));
+    for (size_t& later : ends) later -= end;
+  }
+};
+
 struct Fiber : Thread {
   unsigned index;
   State state;
+  bool paused = false;
   jmp_buf here;
-  ucontext_t start;
+  ucontext_t start{};
   bool started = false;
-  std::vector<std::pair<void*, const void*>> copies;
-  std::vector<size_t> copy_groups;  // ends in copies
-  int group = -1;                   // the named barrier it waits at
-};
-
-struct Group {
-  int arrived = 0;
+  Queue copies, products;
 };
 
 // The fibers of one OS thread.
 struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
-  Group groups[16];
   jmp_buf scheduler;
   const std::function<void()>* body;
   int threads, done, arrived, sum, last_sum;
@@ -118,13 +128,11 @@ void Block::run(const cudaLaunchConfig_t& config, const std::function<void()>& k
   threads = int(config.blockDim.x);
   body = &kernel;
   done = arrived = sum = 0;
-  for (Group& group : groups) group.arrived = 0;
   while (int(fibers.size()) < threads) {
     auto fiber = std::make_unique<Fiber>();
     void* const stack =
         mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) fail("no memory for stacks");
-  
     getcontext(&fiber->start);
     fiber->start.uc_stack.ss_sp = stack;
     fiber->start.uc_stack.ss_size = kStack;
@@ -141,13 +149,13 @@ void Block::run(const cudaLaunchConfig_t& config, const std::function<void()>& k
     fiber.lane = i % kWarp;
     fiber.operations = 0;
     fiber.state = State::ready;
-    fiber.copies.clear();
-    fiber.copy_groups.clear();
+    fiber.copies = fiber.products = {};
   }
   for (int w = 0; w < n_warps; ++w) warps[w].arrived = warps[w].done = 0;
   std::memset(aksae::shared_memory, kPoison, config.dynamicSmemBytes + kCanary);
+  int idle = 0;
   while (done < threads) {
-    bool progress = false;
+    bool progress = false, all_paused = true;
     for (int i = 0; i < n_warps; ++i) {
       const int w = backwards ? n_warps - 1 - i : i;
       for (bool again = true; again;) {
@@ -155,7 +163,9 @@ void Block::run(const cudaLaunchConfig_t& config, const std::function<void()>& k
         for (int j = 0; j < kWarp; ++j) {
           Fiber* const fiber = fibers[w * kWarp + (backwards ? kWarp - 1 - j : j)].get();
           if (fiber->state != State::ready) continue;
+          fiber->paused = false;
           resume(fiber);
+          all_paused = all_paused && fiber->paused;
           // One that merely paused gives way to the other warps.
           again |= fiber->state != State::ready;
           progress = true;
@@ -163,6 +173,8 @@ void Block::run(const cudaLaunchConfig_t& config, const std::function<void()>& k
       }
     }
     if (!progress) fail("a barrier or a warp operation that not all threads reach");
+    idle = all_paused ? idle + 1 : 0;
+    if (idle > 100) fail("a wait for memory that nobody changes");
   }
   for (size_t i = 0; i < kCanary; ++i)
     if (aksae::shared_memory[config.dynamicSmemBytes + i] != kPoison) fail("a write past the shared memory");
@@ -238,47 +250,32 @@ int meet_block(int number) {
   return block.last_sum;
 }
 
-void meet_group(int barrier, int threads) {
-  Fiber* const fiber = static_cast<Fiber*>(self);
-  Group& group = block.groups[barrier];
-  if (++group.arrived == threads) {
-    group.arrived = 0;
-    for (int i = 0; i < block.threads; ++i)
-      if (block.fibers[i]->group == barrier) block.fibers[i]->group = -1, block.fibers[i]->state = State::ready;
-    return;
-  }
-  fiber->group = barrier;
-  fiber->state = State::waiting;
+void pause() {
+  static_cast<Fiber*>(self)->paused = true;
   wait();
 }
 
-void pause() { wait(); }
-
 void begin_copy(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("an unaligned copy");
-  static_cast<Fiber*>(self)->copies.emplace_back(to, from);
+  static_cast<Fiber*>(self)->copies.tasks.push_back([=] {
+    if (from)
+      std::memcpy(to, from, 16);
+    else
+      std::memset(to, 0, 16);
+  });
 }
 void end_copies() {
-  Fiber* const fiber = static_cast<Fiber*>(self);
-  fiber->copy_groups.push_back(fiber->copies.size());
+  Queue& copies = static_cast<Fiber*>(self)->copies;
+  copies.ends.push_back(copies.tasks.size());
 }
-void wait_copies(int pending_groups) {
-  Fiber* const fiber = static_cast<Fiber*>(self);
-  auto& copies = fiber->copies;
-  auto& groups = fiber->copy_groups;
-  const size_t done = groups.size() > size_t(pending_groups) ? groups.size() - size_t(pending_groups) : 0;
-  if (!done) return;
-  const size_t end = groups[done - 1];
-  for (size_t i = 0; i < end; ++i) {
-    if (copies[i].second)
-      std::memcpy(copies[i].first, copies[i].second, 16);
-    else
-      std::memset(copies[i].first, 0, 16);
-  }
-  copies.erase(copies.begin(), copies.begin() + ptrdiff_t(end));
-  groups.erase(groups.begin(), groups.begin() + ptrdiff_t(done));
-  for (size_t& group : groups) group -= end;
+void wait_copies(int pending_groups) { static_cast<Fiber*>(self)->copies.wait(pending_groups); }
+
+void begin_task(std::function<void()> task) { static_cast<Fiber*>(self)->products.tasks.push_back(std::move(task)); }
+void end_tasks() {
+  Queue& products = static_cast<Fiber*>(self)->products;
+  products.ends.push_back(products.tasks.size());
 }
+void wait_tasks(int pending_groups) { static_cast<Fiber*>(self)->products.wait(pending_groups); }
 
 cudaError_t allow_shared(const void* kernel, int bytes) {
   if (bytes < 0 || size_t(bytes) > kMostShared) return cudaErrorInvalidValue;
@@ -324,6 +321,27 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : EMULATED_MAJOR;
+  return cudaSuccess;
+}
+
+// The driver's tensor maps.
+static CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data,
+                             const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                             const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                             CUtensorMapFloatOOBfill) {
+  // What the manual asks of them.
+  const bool fits = rank == 2 && reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides[0] % 16 == 0 &&
+                    strides[0] > 0 && strides[0] < uint64_t(1) << 40 && sizes[0] && sizes[1] &&
+                    sizes[0] <= uint64_t(1) << 32 && sizes[1] <= uint64_t(1) << 32 && box[0] * 2 == 128 && box[1] &&
+                    box[1] <= 256 && steps[0] == 1 && steps[1] == 1;
+  if (!fits) return CUDA_ERROR_INVALID_VALUE;
+  *reinterpret_cast<EmulatedMap*>(map) = {data, {sizes[0], sizes[1]}, strides[0], {box[0], box[1]}};
+  return CUDA_SUCCESS;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  *function = reinterpret_cast<void*>(encode_tiled);
+  *found = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
 
