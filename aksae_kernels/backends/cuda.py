@@ -53,7 +53,7 @@ def refuse(op: str, tensor: Tensor) -> str | None:
 
 
 def describe() -> str:
-    return "CUDA C++"
+    return "CUDA C++; so far run under an emulation alone"
 
 
 def topk_select(pre_acts: Tensor, k: Tensor, k_max: int) -> SparseCodes:

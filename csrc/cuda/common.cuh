@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <climits>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "../kernels.h"
@@ -80,7 +81,10 @@ __device__ __forceinline__ void store_vector(T* row, int64_t d, int64_t cols, co
       Vector<T> v;
 #pragma unroll
       for (int j = 0; j < kVector<T>; ++j) v.at[j] = narrow<T>(in[i + j]);
-      *reinterpret_cast<Vector<T>*>(row + d + i) = v;
+      // An assignment would become four stores.
+      uint4 bits;
+      memcpy(&bits, &v, sizeof(v));
+      __stwb(reinterpret_cast<uint4*>(row + d + i), bits);
     }
   } else {
 #pragma unroll

@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kBlock, 1)
         last = turn.stage;
       }
       ptx::wait_products<0>();
+      ptx::settle(sums);
       if (lane_id() == 0) ptx::arrive(&emptied[last]);
 
       const int64_t first_col = tile / row_tiles * kCols;

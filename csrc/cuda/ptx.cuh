@@ -27,10 +27,11 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
 // Begins to copy 16 bytes to shared memory, or zeros where there is nothing to copy.
 __device__ __forceinline__ void copy_16(void* to, const void* from, bool is_there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(is_there ? 16 : 0));
+               "r"(is_there ? 16 : 0)
+               : "memory");
 }
 // Ends a group of copies.
-__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;"); }
+__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for all groups of this thread but the last `Pending`.
 template <int Pending>
 __device__ __forceinline__ void wait_copies() {
@@ -42,7 +43,8 @@ __device__ __forceinline__ void wait_copies() {
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row)));
+               : "r"(shared_address(row))
+               : "memory");
 }
 
 // d += a b^T for a of 16 x 16 and b of 8 x 16 numbers.
@@ -67,7 +69,7 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 // A barrier in shared memory: its phase ends when `arrivals` threads have arrived and all bytes that were announced
 // have come.
 __device__ __forceinline__ void init_barrier(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 // Shows initialised barriers to the copy engine; a barrier of the threads has to follow.
 __device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
@@ -122,6 +124,11 @@ __device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_grou
 template <int Pending>
 __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+}
+// After the wait for the last product: keeps the compiler from reading sums before it.
+__device__ __forceinline__ void settle(float (&sums)[128]) {
+#pragma unroll
+  for (float& sum : sums) asm volatile("" : "+f"(sum)::"memory");
 }
 
 // d (+)= a b^T for a of 64 x 16 and b of 256 x 16 numbers in shared memory, by a warpgroup; the operands that take the

@@ -34,6 +34,9 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -198,6 +201,7 @@ inline unsigned __match_any_sync(unsigned mask, unsigned value) {
   return same;
 }
 
+inline void __stwb(uint4* address, uint4 value) { *address = value; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
 inline float __uint_as_float(unsigned bits) {

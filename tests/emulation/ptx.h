@@ -138,6 +138,7 @@ template <int Pending>
 void wait_products() {
   emulation::wait_tasks(Pending);
 }
+inline void settle(float (&)[128]) {}
 template <class T>
 void multiply_tiles(float (&d)[128], uint64_t a, uint64_t b, bool adds) {
   emulation::begin_task([&d, a, b, adds] {
