@@ -15,15 +15,16 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------------- operands
 
-// Rows in 16 bits at 16-byte boundaries, one block each. From fp32 to bf16, with norms; from 16 bits as they are.
+// Rows in 16 bits at 16-byte boundaries, one warp each. From fp32 to bf16, with norms; from 16 bits as they are.
 template <class T>
 __global__ void __launch_bounds__(kThreads) pack_kernel(Matrix from, int64_t stride, uint16_t* to, Norms* norms) {
-  __shared__ BlockSums sums;
-  const int64_t row = blockIdx.x;
+  const int64_t row = int64_t(blockIdx.x) * kWarps + warp_id();
+  if (row >= from.rows) return;
   const T* const in = row_of<T>(from, row);
   uint16_t* const out = to + row * stride;
   float squares = 0, lost = 0;
-  for (int64_t i = threadIdx.x; i < stride; i += kThreads) {
+#pragma unroll 4
+  for (int64_t i = lane_id(); i < stride; i += kWarp) {
     if constexpr (std::is_same_v<T, float>) {
       const float x = i < from.cols ? in[i] : 0.0f;
       const bf16 rounded = narrow<bf16>(x);
@@ -36,10 +37,9 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(Matrix from, int64_t str
     }
   }
   if constexpr (std::is_same_v<T, float>) {
-    BlockSum sum{sums};
-    squares = sum(squares);
-    lost = sum(lost);
-    if (threadIdx.x == 0)
+    squares = warp_sum(squares);
+    lost = warp_sum(lost);
+    if (lane_id() == 0)
       norms[row] = {sqrtf(squares) * kNormMargin + kNormFloor, sqrtf(lost) * kNormMargin + kNormFloor};
   }
 }
@@ -246,8 +246,11 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 
 // ------------------------------------------------------------------------------------------------------------ host
 
-// Scores of a chunk of rows take at most that much, unless it is one tile of rows.
-constexpr int64_t kScoreBytes = int64_t(512) << 20;
+// Scores of a chunk of rows take at most that many bytes, unless it is one tile of rows. Tests of small shapes take
+// less.
+#ifndef AKSAE_SCORE_BYTES
+#define AKSAE_SCORE_BYTES (int64_t(512) << 20)
+#endif
 
 struct EncodePlan {
   int64_t chunk, groups;                // rows; groups of a row
@@ -263,7 +266,7 @@ struct EncodePlan {
 EncodePlan encode_plan(DType dtype, Matrix x, Matrix W, void* workspace) {
   const bool screened = dtype == DType::f32;
   EncodePlan plan{};
-  const int64_t most = kScoreBytes / (4 * std::max<int64_t>(1, W.rows)) / sm80::kTile * sm80::kTile;
+  const int64_t most = AKSAE_SCORE_BYTES / (4 * std::max<int64_t>(1, W.rows)) / sm80::kTile * sm80::kTile;
   plan.chunk = std::min(x.rows, std::max<int64_t>(most, sm80::kTile));
   plan.groups = ceil_div(W.rows, int64_t(1) << kGroupShift);
   plan.packed_stride = round_up(x.cols, 8);
@@ -291,7 +294,8 @@ EncodePlan encode_plan(DType dtype, Matrix x, Matrix W, void* workspace) {
 template <class T>
 int make_operand(Stream stream, Matrix m, int64_t stride, uint16_t* packed, Norms* norms, Operand& operand) {
   operand = packed ? Operand{packed, m.rows, stride} : Operand{m.data, m.rows, m.stride};
-  return packed ? launch(stream, pack_kernel<T>, m.rows, 1, kThreads, 0, m, stride, packed, norms) : int(cudaSuccess);
+  return packed ? launch(stream, pack_kernel<T>, ceil_div(m.rows, kWarps), 1, kThreads, 0, m, stride, packed, norms)
+                : int(cudaSuccess);
 }
 
 CodesOut rows_of(CodesOut out, DType dtype, int64_t first, int64_t n) {
@@ -330,15 +334,16 @@ int encode(Stream stream, DType dtype, Matrix x, Matrix W, const void* b, const 
   for (int64_t first = 0; first < x.rows; first += plan.chunk) {
     const int64_t n = std::min(plan.chunk, x.rows - first);
     const Operand rows{static_cast<const uint16_t*>(all_rows.data) + first * all_rows.stride, n, all_rows.stride};
-    Scores<T, kScreened> sink{static_cast<const T*>(b),
-                              n,
-                              W.rows,
-                              plan.score_stride,
-                              plan.groups,
-                              plan.scores,
-                              plan.maxima,
-                              plan.lower,
-                              {plan.x_norms + (kScreened ? first : 0), plan.W_norms, float(x.cols + 32)}};
+    Scores<T, kScreened> sink{
+        static_cast<const T*>(b),
+        n,
+        W.rows,
+        plan.score_stride,
+        plan.groups,
+        plan.scores,
+        plan.maxima,
+        plan.lower,
+        {plan.x_norms + (kScreened ? first : 0), plan.W_norms, x.cols <= kScreenDepth ? float(x.cols + 32) : INFINITY}};
     const CodesOut codes = rows_of(out, dtype, first, n);
     int error = sm90::can_run(rows, weight, x.cols) ? sm90::launch_product<Element>(stream, rows, weight, x.cols, sink)
                                                     : sm80::launch_product<Element>(stream, rows, weight, x.cols, sink);

@@ -24,11 +24,13 @@ struct Norms {
 // of |x~||w~| for each of 17 terms in a step of 16 columns. That is 17/16 D 2^-23 in all, and with the fp32 sum's n
 // 2^-24 still below the n 2^-22 |x||w| that is allowed.
 constexpr float kNormMargin = 1 + 0x1p-10f, kNormFloor = 0x1p-53f, kNearOverflow = 0x1p126f;
+// Of longer rows the norms' own sums would leave their margin.
+constexpr int64_t kScreenDepth = int64_t(1) << 20;
 constexpr float kSumLoss = 0x1p-22f, kBiasLoss = 0x1p-20f, kUnderflow = 0x1p-120f;
 
 struct Screen {
   const Norms *x, *W;
-  float terms;  // D + 32
+  float terms;  // D + 32; infinite where D is beyond kScreenDepth
 
   // The part of the error that a latent brings by itself.
   __device__ __forceinline__ float own_error(float bias) const { return kBiasLoss * fabsf(bias) + terms * kUnderflow; }

@@ -32,8 +32,9 @@ def build(folder: Path, major: int = 8) -> Path:
             source = [str(ROOT / "csrc" / f"{name}.cpp"), *BINDING.split(), *includes]
         else:
             # nvcc knows these pragmas; g++ unrolls as it likes.
-            source = ["-x", "c++", "-Wno-unknown-pragmas", "-DAKSAE_SM90A", "-include", str(HERE / "ptx.h")]
-            source.append(str(ROOT / "csrc" / f"{name}.cu"))
+            source = ["-x", "c++", "-Wno-unknown-pragmas", "-include", str(HERE / "ptx.h")]
+            # Chunks of one tile of rows.
+            source += ["-DAKSAE_SM90A", "-DAKSAE_SCORE_BYTES=1", str(ROOT / "csrc" / f"{name}.cu")]
         target = folder / f"sm{major}0_{Path(name).name}.o"
         jobs.append(["g++", *FLAGS.split(), "-I", str(HERE), "-c", *source, "-o", str(target)])
     with ThreadPoolExecutor() as pool:
