@@ -7,6 +7,7 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
+INTERPRETED := $(patsubst %,tests/test_%.py,select encode decode optim compile triton)
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 FORMATTED := $(SOURCES) $(wildcard tests/emulation/*.h tests/emulation/*.cpp)
 
@@ -15,15 +16,18 @@ PEERS_BIN := $(PEERS_VENV)/bin
 PEERS_PIP := $(PEERS_BIN)/python -m pip install --quiet --disable-pip-version-check
 PEERS_INSTALLED := $(PEERS_VENV)/.installed
 
-.PHONY: demo test bench bench-peers lint format
+.PHONY: demo test bench bench-peers gpu-suite lint format
 
 # 128-token contexts say more in their mean than in their last token, and the published phase-3 penalty, made for 250,000
 # contexts, would flatten k with the few hundred of the demo: README, "What the demo does".
 demo: $(INSTALLED)
 	$(BIN)/aksae train --output runs/demo --overwrite --probe-reads mean --phase3-penalty fitted
 
+# The second run has the op tests once more, on the Triton backend in Triton's interpreter, which must be chosen before
+# Triton is imported. It computes with NumPy, one program after the other, so a process for each core.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(INTERPRETED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
@@ -31,6 +35,10 @@ bench: $(INSTALLED)
 bench-peers: $(PEERS_INSTALLED)
 	$(PEERS_BIN)/python -m benchmarks.peers --json benchmarks/results/peers.json
 	$(PEERS_BIN)/python -m benchmarks.train_step --json benchmarks/results/peers.json --plot benchmarks/results/train_step.png
+
+# On a machine with an NVIDIA GPU; a second run goes on where the first one stopped.
+gpu-suite: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_suite --out benchmarks/results
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -16,8 +16,8 @@ _kept: dict[tuple, tuple[int | None, Any] | None] = {}
 def frozen(*weights: Tensor) -> Iterator[None]:
     """Within it, `topk_encode` may keep what it prepares of these encoder weights, where it else would in every call.
 
-    On CPUs with bf16 units an fp32 encode first rounds `W_enc` to bf16 and takes norms of its rows: some 10 % of the
-    time of an encode of 1024 rows, half of that of 64 rows. Under `frozen(W_enc)` it is done once, for `2 F D` bytes:
+    On CPUs with bf16 units and on GPUs an fp32 encode first rounds `W_enc` to bf16 and takes norms of its rows: on CPUs
+    some 10 % of the time of an encode of 1024 rows, half of that of 64 rows. Under `frozen(W_enc)` it is done once, for `2 F D` bytes:
 
         with torch.no_grad(), aksae_kernels.frozen(W_enc):
             for x in batches:

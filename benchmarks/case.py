@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from .problem import Problem
@@ -13,10 +13,19 @@ OURS = "aksae"
 
 
 class Rival(NamedTuple):
-    """What we are compared with; without a target, for information."""
+    """What we are compared with; without a target, for information. `own`: it is a call of ours too."""
 
     name: str
     call: Callable[[], object]
+    target: Target | None = None
+    own: bool = False
+
+
+class Floor(NamedTuple):
+    """A time that is computed, not taken: what the hardware needs at the very least. NaN where that is not known."""
+
+    name: str
+    seconds: float
     target: Target | None = None
 
 
@@ -26,6 +35,22 @@ class Contest(NamedTuple):
     ours: Callable[[], object]
     check: Callable[[], None]
     rivals: tuple[Rival, ...]
+    floors: tuple[Floor, ...] = ()
+
+    def rows(
+        self,
+        what: str,
+        problem: Problem,
+        ours: Sequence[float],
+        theirs: Mapping[str, Sequence[float]],
+        backend: str | None = None,
+    ) -> list[Row]:
+        """A row for each rival, whose samples `theirs` has by name, and for each floor."""
+        theirs = dict(theirs) | {floor.name: [floor.seconds] * len(ours) for floor in self.floors}
+        return [
+            Row.compare(what, rival.name, problem, ours, theirs[rival.name], rival.target, backend=backend)
+            for rival in (*self.rivals, *self.floors)
+        ]
 
 
 class Case(NamedTuple):
@@ -45,7 +70,4 @@ class Case(NamedTuple):
     def measure(self, rounds: int) -> list[Row]:
         """A row for each rival, all from one interleaved run. Raises AssertionError where our result is wrong."""
         contest, samples = self.samples(rounds)
-        return [
-            Row.compare(self.what, rival.name, self.problem, samples[OURS], samples[rival.name], rival.target)
-            for rival in contest.rivals
-        ]
+        return contest.rows(self.what, self.problem, samples[OURS], samples)

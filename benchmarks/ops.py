@@ -16,6 +16,8 @@ from .problem import Problem
 from .report import Target
 
 ONEDNN, MKL = "oneDNN linear", "MKL F.linear"
+ADVERSARIAL = {"all-equal": "all-equal", "ascending": "sorted", "one-block": "one hot block", "near-ties": "near-ties"}
+"""Rows of `aksae_kernels.testing.adversarial_rows`, and what the tables call them."""
 
 
 def fp32_gemms(x: Tensor, W: Tensor, b: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -43,9 +45,9 @@ def encode_bf16(problem: Problem) -> Contest:
 def encode_equal_latents(problem: Problem) -> Contest:
     """Latents that score alike to 1e-6, which no cheap bound tells apart, against random ones."""
     x, W, b = problem.x, problem.W, problem.b_enc
-    noise = torch.randn(W.shape, generator=torch.Generator().manual_seed(0))
+    alike = W[:1] * (1 + 1e-6 * problem.randn(0, *W.shape)).to(W.dtype)
     usual = lambda: ak.topk_encode(x, W, b, k=problem.k, k_max=problem.width)
-    return _encode(problem, x, W[:1] * (1 + 1e-6 * noise), torch.zeros_like(b), Rival("random weights", usual))
+    return _encode(problem, x, alike, torch.zeros_like(b), Rival("random weights", usual, own=True))
 
 
 def _encode(problem: Problem, x: Tensor, W: Tensor, b: Tensor, *rivals: Rival) -> Contest:
@@ -70,8 +72,9 @@ def select(problem: Problem) -> Contest:
 def select_adversarial(kind: str, problem: Problem) -> Contest:
     """`topk_select` on rows of `aksae_kernels.testing.adversarial_rows`, against itself on random ones."""
     scores, k, width = problem.scores, problem.k, problem.width
-    rows = adversarial_rows(problem.shape.F)[kind].expand_as(scores).contiguous()
-    return _select(problem, rows, Rival("random rows", lambda: ak.topk_select(scores, k, width), Target(1.5, 1.2)))
+    rows = adversarial_rows(problem.shape.F, device=problem.device)[kind].expand_as(scores).contiguous()
+    random = Rival("random rows", lambda: ak.topk_select(scores, k, width), Target(1.5, 1.2), own=True)
+    return _select(problem, rows, random)
 
 
 def _select(problem: Problem, scores: Tensor, rival: Rival) -> Contest:
@@ -115,7 +118,7 @@ def weight_grads(problem: Problem) -> Contest:
 
 def ragged(problem: Problem) -> Contest:
     """A decode and its backward for rows of unequal k, against as many latents in rows of equal k."""
-    equal = Problem(problem.shape, str(round(problem.k.double().mean().item())))
+    equal = problem.with_equal_k()
     W = problem.W.clone().requires_grad_()
 
     def step(codes: ak.SparseCodes) -> tuple[Tensor, ...]:
@@ -129,7 +132,7 @@ def ragged(problem: Problem) -> Contest:
             expected = _value_grad(codes, problem.W, grad), embedding_bag_backward(codes, W, grad)()
             torch.testing.assert_close(step(codes), expected, rtol=1e-3, atol=1e-3)
 
-    rival = Rival(f"constant k = {equal.label}", lambda: step(equal.codes), Target(1.15, 1.05))
+    rival = Rival(f"constant k = {equal.label}", lambda: step(equal.codes), Target(1.15, 1.05), own=True)
     return Contest(lambda: step(problem.codes), check, (rival,))
 
 

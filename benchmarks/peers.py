@@ -37,7 +37,8 @@ from .steps import LR, DenseStep, OurStep, Step
 from .timing import interleaved, quantiles
 
 # sparsify reads it when it is imported: where Triton is installed and no GPU is, its decode fails without.
-os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 
 CLIPPED = f"{OURS}, gradient clipped"
 DENSE = "dense PyTorch"
@@ -120,7 +121,7 @@ class Sparsify:
         from sparsify import SparseCoder, SparseCoderConfig
 
         d_sae, d_in = W.shape
-        self.coder = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k))
+        self.coder = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k), W.device, W.dtype)
         with torch.no_grad():
             self.coder.encoder.weight.copy_(W)
             self.coder.W_dec.copy_(W)

@@ -50,6 +50,8 @@ class Row:
     ratio: Quantiles
     target: Target | None = None
     unit: str = "seconds"
+    backend: str | None = None
+    """Of ours, where more than one was measured."""
 
     @classmethod
     def compare(
@@ -61,10 +63,11 @@ class Row:
         theirs: Sequence[float],
         target: Target | None = None,
         unit: str = "seconds",
+        backend: str | None = None,
     ) -> Row:
         """The row of two lists of samples, taken in the same rounds."""
         figures = quantiles(ours), quantiles(theirs), quotient(ours, theirs)
-        return cls(what, rival, problem.shape, problem.label, *figures, target, unit)
+        return cls(what, rival, problem.shape, problem.label, *figures, target, unit, backend)
 
     @property
     def verdict(self) -> str | None:
@@ -88,6 +91,7 @@ class Row:
             "rival": self.rival,
             "shape": self.shape._asdict(),
             "k": self.k,
+            "backend": self.backend,
             "unit": self.unit,
             "ours": self.ours._asdict(),
             "theirs": self.theirs._asdict(),
@@ -104,10 +108,15 @@ def label(what: str, shape: Shape, k: str, rival: str | None = None) -> str:
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> bool:
-    """Write `result`, making folders as needed. False, after a line on stderr, where that is not possible."""
+    """Write `result`, making folders as needed. False, after a line on stderr, where that is not possible.
+
+    A file that is there is replaced in one step: whoever reads it, or is cut off here, finds the old or the new one.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        draft = path.with_name(f"{path.name}.draft")
+        draft.write_text(json.dumps(result, indent=2) + "\n")
+        draft.replace(path)
     except OSError as error:
         print(f"the result was not kept: {path}: {error.strerror}", file=sys.stderr)
         return False

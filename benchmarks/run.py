@@ -22,8 +22,6 @@ from .problem import KS, Problem, Shape
 from .report import HEADER, NotMeasured, Row, label, write_json
 
 SHAPES = (Shape(1024, 768, 24576), Shape(1024, 2304, 16384), Shape(512, 576, 16384))
-ADVERSARIAL = {"all-equal": "all-equal", "ascending": "sorted", "one-block": "one hot block", "near-ties": "near-ties"}
-"""Rows of `aksae_kernels.testing.adversarial_rows`, and what the table calls them."""
 
 
 class Measurable(Protocol):
@@ -51,7 +49,7 @@ def cpu_suite(shapes: Sequence[Shape]) -> Iterator[Measurable]:
     yield from (Case("both weight gradients", problem, ops.weight_grads) for problem in firsts)
     yield from (Case("forward + backward + SAEAdam", problem, steps.step) for problem in firsts)
     yield Case("decode_mse + backward", ragged, ops.ragged)
-    for kind, name in ADVERSARIAL.items():
+    for kind, name in ops.ADVERSARIAL.items():
         prepare = functools.partial(ops.select_adversarial, kind)
         yield from (Case(f"topk_select, {name} rows", problem, prepare) for problem in firsts)
     yield from (Case("topk_encode fp32, latents all alike", problem, ops.encode_equal_latents) for problem in firsts)

@@ -46,8 +46,9 @@ class OurStep:
     """
 
     def __init__(self, W: Tensor, k: Tensor, max_grad_norm: float | None = None):
-        self.k = k
-        self.sae = AdaptiveKSAE(SAEConfig(d_in=W.shape[1], d_sae=W.shape[0], k=int(k.max())))
+        self.k, self.width = k, int(k.max())
+        with W.device:
+            self.sae = AdaptiveKSAE(SAEConfig(d_in=W.shape[1], d_sae=W.shape[0], k=self.width)).to(W.dtype)
         self.sae.load_state_dict({"W_enc": W, "W_dec": W}, strict=False)
         sae = self.sae
         groups = [{"params": [sae.W_enc, sae.b_enc, sae.b_dec]}, {"params": [sae.W_dec], "unit_norm_rows": True}]
@@ -63,7 +64,7 @@ class OurStep:
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = self.sae.encode(x, self.k)
+        codes = self.sae.encode(x, self.k, k_max=self.width)
         return ak.decode_mse(codes, self.sae.W_dec, self.sae.b_dec, x).mean()
 
     def update(self, loss: Tensor) -> None:
@@ -84,7 +85,7 @@ class DenseStep:
         self.k, self.width = k, int(k.max())
         self.ragged = bool((k < self.width).any())
         self.W_enc, self.W_dec = (nn.Parameter(W.clone()) for _ in range(2))
-        self.b_enc, self.b_dec = (nn.Parameter(torch.zeros(size)) for size in W.shape)
+        self.b_enc, self.b_dec = (nn.Parameter(W.new_zeros(size)) for size in W.shape)
         self.optimizer = torch.optim.Adam([self.W_enc, self.b_enc, self.W_dec, self.b_dec], lr=LR, fused=True)
 
     @property
@@ -101,7 +102,8 @@ class DenseStep:
         # torch knows one k for all rows: of the largest, in order, the rows of a smaller k keep the first ones.
         values, indices = scores.relu().topk(self.width, sorted=self.ragged)
         if self.ragged:
-            values = values.masked_fill(torch.arange(self.width) >= self.k.unsqueeze(-1), 0)
+            rank = torch.arange(self.width, device=values.device)
+            values = values.masked_fill(rank >= self.k.unsqueeze(-1), 0)
         return values, indices
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
+
+_LEAD_CYCLES = 2_000_000
 
 
 class Quantiles(NamedTuple):
@@ -17,19 +19,64 @@ class Quantiles(NamedTuple):
     p80: float
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contender, called once per round; caches are as the others left them.
+class Clock(Protocol):
+    """`seconds(call)` calls it once and says how long that took."""
+
+    def seconds(self, call: Callable[[], object]) -> float: ...
+
+
+class HostClock:
+    """For work that is done when its call returns. Caches are as the last call left them."""
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+
+class DeviceClock:
+    """Time of a CUDA device between two events around a call, with a cold L2.
+
+    Before the first event a buffer of 2.5 times the L2 is written, and before that the device pauses for about a
+    millisecond, so that the host can queue the call's kernels meanwhile: what is timed is the device at work, not
+    Python, unless queueing takes longer than the pause.
+    """
+
+    def __init__(self, device: torch.device):
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._buffer = torch.empty(5 * cache // 2, dtype=torch.uint8, device=device)
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(_LEAD_CYCLES)
+        self._buffer.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock for work on `device`."""
+    return DeviceClock(device) if device.type == "cuda" else HostClock()
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, clock: Clock | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every contender, called once per round, by `clock`; None is the host's.
 
     A warm-up round goes first and is not kept: after a pause, as a check is one, the first calls find cold caches,
     sleeping threads and memory that the system still has to hand out.
     """
+    clock = clock or HostClock()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(rounds + 1):
         for name, call in contenders.items():
-            start = time.perf_counter()
-            call()
+            sample = clock.seconds(call)
             if round_:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(sample)
     return seconds
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import MANY_ROWS, THREADS
 
 from aksae_kernels import SparseCodes, decode_mse, sparse_decode, sparse_value_grad, sparse_weight_grad
 from aksae_kernels.codes import live_slots
@@ -17,7 +18,7 @@ SHAPES = [
     ((2, 3), 7, 33, 7),
     ((), 16, 257, 16),
     ((), 1, 1, 1),
-    ((257,), 3, 7, 2),
+    ((MANY_ROWS,), 3, 7, 2),
     ((7,), 40, 40, 257),
     ((5,), 9, 4, 6),
     ((5,), 0, 9, 3),
@@ -406,7 +407,7 @@ def test_same_bits_again_and_with_other_threads(case):
         return
     threads = torch.get_num_threads()
     try:
-        for n in (1, 2, 3):
+        for n in THREADS:
             torch.set_num_threads(n)
             assert same(everything(), first)
     finally:

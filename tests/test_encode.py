@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import MANY_ROWS, THREADS
 
 from aksae_kernels import SparseCodes, sparse_decode, topk_encode, topk_select
 from aksae_kernels.testing import check_codes, dense_codes, encode_scores, error_ratio
@@ -16,7 +17,7 @@ SHAPES = [
     ((2, 3), 7, 33),
     ((), 16, 257),
     ((), 1, 1),
-    ((257,), 3, 7),
+    ((MANY_ROWS,), 3, 7),
     ((7,), 257, 40),
     ((5,), 1, 9),
     ((4,), 0, 6),
@@ -197,13 +198,14 @@ def test_any_strides(case):
 
 
 def test_same_bits_again_and_with_other_threads(case):
-    x, W_enc, b_enc = integer_problem(case, (65,), 40, 5000)
-    real = random_problem(case, 65, 40, 5000)
+    rows = min(65, MANY_ROWS // 4)
+    x, W_enc, b_enc = integer_problem(case, (rows,), 40, 5000)
+    real = random_problem(case, rows, 40, 5000)
     first, first_real = topk_encode(x, W_enc, b_enc, k=30), topk_encode(*real, k=30)
     assert all(torch.equal(a, b) for a, b in zip(topk_encode(*real, k=30), first_real, strict=True))
     threads = torch.get_num_threads()
     try:
-        for n in (1, 2, 3):
+        for n in THREADS:
             torch.set_num_threads(n)
             assert all(torch.equal(a, b) for a, b in zip(topk_encode(x, W_enc, b_enc, k=30), first, strict=True))
             check_encoded(topk_encode(*real, k=30), *real, 30)

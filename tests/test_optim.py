@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import THREADS
 
 from aksae_kernels import use_backend
 from aksae_kernels.optim import SAEAdam
@@ -252,7 +253,7 @@ def test_same_bits_again_and_with_other_threads(case):
     threads = torch.get_num_threads()
     first = run()
     try:
-        for n in (1, 2, 3):
+        for n in THREADS:
             torch.set_num_threads(n)
             assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
     finally:

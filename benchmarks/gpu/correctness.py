@@ -1,0 +1,290 @@
+"""Every op on every backend and dtype against fp64 oracles, on small shapes: odd sizes, hostile rows, poisoned padding.
+
+`python -m benchmarks.gpu.correctness --device cuda --backend NAME` runs the checks of one backend and raises where one
+fails: what a memory checker is given to watch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import aksae_kernels as ak
+from aksae_kernels.optim import SAEAdam
+from aksae_kernels.testing import (
+    adversarial_rows,
+    check_codes,
+    codes_from_mask,
+    dense_codes,
+    encode_scores,
+    poison_padding,
+    random_codes,
+    selectable,
+    topk_mask,
+)
+
+from ..problem import Problem, Shape
+from ..report import NotMeasured
+from .bench import Bench, Outcome, same_bits
+from .oracles import at_codes, within
+from .ratios import Step
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WIDTHS = (1, 37, 517, 4099)
+"""Numbers of latents that no tile divides."""
+PRODUCTS = ((33, 1, 5, 7), (40, 19, 517, 70), (65, 64, 300, 257))
+"""Rows, width of the codes, latents, width of the activations."""
+SMALL = Shape(64, 96, 1031)
+
+
+class Site(NamedTuple):
+    """Where the data of a check is."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def randn(self, seed: int, *shape: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+
+    def ks(self, n_rows: int, d_sae: int) -> Tensor:
+        """A k for each row, from below 0 to past F."""
+        generator = torch.Generator().manual_seed(n_rows)
+        drawn = torch.randint(-1, d_sae + 4, (n_rows,), generator=generator)
+        drawn[:3] = torch.tensor([0, d_sae + 9, 1])[:n_rows]
+        return drawn.to(self.device)
+
+
+def topk_select(site: Site) -> None:
+    for d_sae in WIDTHS:
+        rows = _hostile_rows(site, d_sae)
+        k = site.ks(len(rows), d_sae)
+        for k_max in (d_sae + 5, max(1, d_sae // 3)):
+            check_codes(_twice(ak.topk_select, rows, k, k_max), rows, k, k_max)
+
+
+def topk_encode(site: Site) -> None:
+    for n_rows, d_in, d_sae in ((5, 1, 37), (33, 70, 517), (70, 257, 1031)):
+        x, W, b = site.randn(1, n_rows, d_in), site.randn(2, d_sae, d_in), site.randn(3, d_sae)
+        # Latents in runs of equals: ties that a product's rounding does not break.
+        W[d_sae // 2 :], b[d_sae // 2 :] = W[d_sae // 2], 0
+        k, (scores, tolerance) = site.ks(n_rows, d_sae), encode_scores(x, W, b)
+        check_codes(_twice(ak.topk_encode, x, W, b, k=k, k_max=d_sae), scores, k, d_sae, tolerance=tolerance)
+    _encode_exactly(site)
+    _encode_gradients(site)
+
+
+def _encode_exactly(site: Site) -> None:
+    """Integers, whose sums are exact, with NaN and infinities among them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (9, 12), (300, 12), (300,)
+    x, W, b = (torch.randint(-3, 4, shape, generator=generator).to(site.device, site.dtype) for shape in shapes)
+    x[1, 3], x[2, 4], W[77, 5], b[200] = torch.nan, torch.inf, torch.nan, torch.inf
+    scores, _ = encode_scores(x, W, b)
+    k = site.ks(9, 300)
+    check_codes(_twice(ak.topk_encode, x, W, b, k=k, k_max=40), scores, k, 40)
+
+
+def _encode_gradients(site: Site) -> None:
+    x, W, b = (t.requires_grad_() for t in (site.randn(1, 40, 33), site.randn(2, 207, 33), site.randn(3, 207)))
+    codes = ak.topk_encode(x, W, b, k=site.ks(40, 60), k_max=60)
+    upstream = site.randn(4, *codes.values.shape)
+    grads = _twice(torch.autograd.grad, codes.values, (x, W, b), upstream, retain_graph=True)
+    grad = dense_codes(codes._replace(values=upstream), 207)
+    exact = grad @ W.double(), grad.T @ x.double(), grad.sum(0)
+    lossy = grad.to(site.dtype) @ W, grad.to(site.dtype).T @ x, grad.to(site.dtype).sum(0)
+    for name, *found in zip(("x", "W_enc", "b_enc"), grads, exact, lossy):
+        within(*found, f"the gradient of {name}")
+
+
+def batch_topk_select(site: Site) -> None:
+    for d_sae in WIDTHS:
+        rows = _hostile_rows(site, d_sae)
+        for budget in (-1, 0, d_sae + 3, rows.numel() + 1):
+            mask = topk_mask(rows.flatten(), max(0, budget)).view_as(rows)
+            _exactly(_twice(ak.batch_topk_select, rows, budget), codes_from_mask(rows, mask, d_sae))
+
+
+def threshold_select(site: Site) -> None:
+    for d_sae in WIDTHS:
+        rows = _hostile_rows(site, d_sae)
+        for threshold in (-1.0, 0.3, site.randn(5, d_sae)):
+            limit = threshold.double() if isinstance(threshold, Tensor) else threshold
+            mask = selectable(rows) & ((rows.double() > limit) | rows.isnan())
+            _exactly(_twice(ak.threshold_select, rows, threshold), codes_from_mask(rows, mask, d_sae))
+
+
+def sparse_decode(site: Site) -> None:
+    for codes, W, x in _products(site):
+        dense = dense_codes(codes, len(W))
+        b = x[0]
+        y = _twice(ak.sparse_decode, codes, W, b)
+        within(y, dense @ W.double() + b.double(), dense.to(site.dtype) @ W + b, "the decode")
+
+
+def decode_mse(site: Site) -> None:
+    for codes, W, x in _products(site):
+        inputs = values, W_dec, b, target = tuple(t.clone().requires_grad_() for t in (codes.values, W, x[0], x))
+        loss = _twice(ak.decode_mse, codes._replace(values=values), W_dec, b, target)
+        grads = _twice(torch.autograd.grad, loss.sum(), inputs, retain_graph=True)
+        exact, lossy = (_mse_in(dtype, codes, W, x) for dtype in (torch.float64, site.dtype))
+        for name, *found in zip(("loss", "values", "W_dec", "b_dec", "target"), (loss, *grads), exact, lossy):
+            within(*found, f"the loss or a gradient: {name}")
+
+
+def _mse_in(dtype: torch.dtype, codes: ak.SparseCodes, W: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """Loss and gradients by dense products in `dtype`: the oracle in fp64, what PyTorch loses in the dtype of W."""
+    dense, W, target = dense_codes(codes, len(W)).to(dtype), W.to(dtype), x.to(dtype)
+    error = dense @ W + target[0] - target
+    dots = at_codes(2 * error @ W.T, codes)
+    return error.square().sum(-1), dots, dense.T @ (2 * error), (2 * error).sum(0), -2 * error
+
+
+def sparse_value_grad(site: Site) -> None:
+    for codes, W, x in _products(site):
+        dots = _twice(ak.sparse_value_grad, x, codes, W)
+        within(dots, at_codes(x.double() @ W.double().T, codes), at_codes(x @ W.T, codes), "the gradient of values")
+
+
+def sparse_weight_grad(site: Site) -> None:
+    for codes, W, x in _products(site):
+        dense = dense_codes(codes, len(W))
+        grad = _twice(ak.sparse_weight_grad, codes, x, len(W))
+        within(grad, dense.T @ x.double(), dense.to(site.dtype).T @ x, "the gradient of the weight")
+
+
+def optimizer(site: Site) -> None:
+    """Three steps of `SAEAdam` with all its options, against the reference in fp64 from the same start."""
+    start = torch.nn.functional.normalize(site.randn(1, 131, 77), dim=-1)
+    grads = [0.1 * site.randn(seed, 131, 77) for seed in (2, 3, 4)]
+    stepped = lambda dtype: _adam(start.to(dtype), [grad.to(dtype) for grad in grads])
+    actual = _twice(stepped, site.dtype)
+    with ak.use_backend("reference"):
+        within(actual, stepped(torch.float64), stepped(site.dtype), "SAEAdam")
+
+
+def _adam(start: Tensor, grads: list[Tensor]) -> Tensor:
+    weight = torch.nn.Parameter(start.clone())
+    adam = SAEAdam([{"params": [weight], "unit_norm_rows": True, "lazy": True}], lr=1e-2, max_grad_norm=1.0)
+    for grad in grads:
+        weight.grad = grad.clone()
+        weight.grad[:7] = 0
+        adam.step()
+    return weight.detach()
+
+
+CHECKS: dict[str, Callable[[Site], None]] = {
+    check.__name__: check
+    for check in (
+        topk_select,
+        topk_encode,
+        batch_topk_select,
+        threshold_select,
+        sparse_decode,
+        decode_mse,
+        sparse_value_grad,
+        sparse_weight_grad,
+        optimizer,
+    )
+}
+
+
+def correctness(bench: Bench, op: str, outcome: Outcome) -> None:
+    """The check of one op; `passed` lists the backends and dtypes that did."""
+    passed = outcome.facts["passed"] = []
+    for backend in bench.backends:
+        for name, dtype in DTYPES.items():
+            with outcome.judging(f"{op}, {backend}, {name}"), ak.use_backend(backend):
+                CHECKS[op](Site(bench.device, dtype))
+                passed.append(f"{backend} {name}")
+
+
+def graphs(bench: Bench, outcome: Outcome) -> None:
+    """A forward, and a whole step, captured into a CUDA graph: replays give the bits of the eager calls."""
+    if bench.device.type != "cuda":
+        raise NotMeasured("CUDA graphs need a CUDA device")
+    for backend in bench.backends:
+        step = Step(Problem(SMALL, "0..80", bench.device, torch.bfloat16))
+        for what, call in {"forward": lambda step=step: _forward(step), "step": step}.items():
+            with outcome.judging(f"graph of a {what}, {backend}"), ak.use_backend(backend):
+                _replays(call, step.problem.x)
+                outcome.facts.setdefault("captured", []).append(f"{what}, {backend}")
+
+
+def _forward(step: Step) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        codes, loss = step.forward()
+    return *codes, loss
+
+
+def _replays(call: Callable[[], tuple[Tensor, ...]], x: Tensor) -> None:
+    """Raise AssertionError unless a capture of `call` follows a change of its input `x`."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for seed in (1, 2):
+        x.copy_(torch.randn(x.shape, device=x.device, generator=torch.Generator(x.device).manual_seed(seed)))
+        graph.replay()
+        assert same_bits(captured, call()), "a replay differs from the eager call"
+
+
+def _hostile_rows(site: Site, d_sae: int) -> Tensor:
+    return torch.stack(tuple(adversarial_rows(d_sae, dtype=site.dtype, device=site.device).values()))
+
+
+def _products(site: Site) -> list[tuple[ak.SparseCodes, Tensor, Tensor]]:
+    """Codes with poisoned padding, a weight and activations; codes as if selected, and such as a user might make."""
+    return [
+        (
+            poison_padding(random_codes((B,), K, F, dtype=site.dtype, device=site.device, by_hand=by_hand, seed=K)),
+            site.randn(6, F, D),
+            site.randn(7, B, D),
+        )
+        for B, K, F, D in PRODUCTS
+        for by_hand in (False, True)
+    ]
+
+
+def _twice(call: Callable, *args, **kwargs):
+    """The result of a call that gives the same bits when it is repeated, in memory that holds something else."""
+    first = call(*args, **kwargs)
+    _soil(first)
+    assert same_bits(first, call(*args, **kwargs)), "two calls differ"
+    return first
+
+
+def _soil(result: Tensor | Sequence) -> None:
+    """Leave 0x5A in freed memory of the sizes of a result: the allocator has it at hand for the next one."""
+    tensors = [result] if isinstance(result, Tensor) else list(result)
+    blocks = [torch.empty(tensor.nbytes, dtype=torch.uint8, device=tensor.device) for tensor in tensors * 3]
+    for block in blocks:
+        block.fill_(0x5A)
+
+
+def _exactly(codes: ak.SparseCodes, expected: ak.SparseCodes) -> None:
+    for name, actual, wanted in zip(codes._fields, codes, expected):
+        wanted = wanted.to(actual.dtype)
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True, msg=f"{name} differ")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", required=True)
+    options = parser.parse_args()
+    with ak.use_backend(options.backend):
+        for check in CHECKS.values():
+            check(Site(torch.device(options.device), torch.bfloat16))
+
+
+if __name__ == "__main__":
+    main()
