@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # By place and shape of the weight: its version, and what was made of it.
@@ -17,7 +18,8 @@ def frozen(*weights: Tensor) -> Iterator[None]:
     """Within it, `topk_encode` may keep what it prepares of these encoder weights, where it else would in every call.
 
     On CPUs with bf16 units and on GPUs an fp32 encode first rounds `W_enc` to bf16 and takes norms of its rows: on CPUs
-    some 10 % of the time of an encode of 1024 rows, half of that of 64 rows. Under `frozen(W_enc)` it is done once, for `2 F D` bytes:
+    some 10 % of the time of an encode of 1024 rows, half of that of 64 rows. Under `frozen(W_enc)` it is done once, for
+    `2 F D` bytes:
 
         with torch.no_grad(), aksae_kernels.frozen(W_enc):
             for x in batches:
@@ -26,7 +28,8 @@ def frozen(*weights: Tensor) -> Iterator[None]:
     Results are the same bits. A change that torch's version counter sees (any in-place operation, an optimizer step)
     is noticed, and the weight prepared anew. Writes past the counter, through `.data`, NumPy or a kernel of one's own,
     are not: they break the promise, and selections may then miss winners. That is why nothing is kept unasked. Other
-    backends and dtypes prepare nothing. It holds for the whole process; entering it twice for a weight is no error.
+    backends and dtypes prepare nothing. It holds for the whole process; entering it twice for a weight is no error. On
+    a GPU, all calls must be on one stream; while a CUDA graph is captured nothing is kept or used.
     """
     ours = [key for key in map(_key, weights) if key not in _kept]
     _kept.update(dict.fromkeys(ours))
@@ -41,6 +44,9 @@ def prepared(weight: Tensor, prepare: Callable[[Tensor], Any]) -> Any | None:
     """What `prepare` makes of a frozen weight, kept from an earlier call where it is still right; else None."""
     key = _key(weight)
     if key not in _kept:
+        return None
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        # A graph may outlive what is kept, and what it would prepare is not computed until it is replayed.
         return None
     version = None if weight.is_inference() else weight._version
     kept = _kept[key]

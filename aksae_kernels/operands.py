@@ -46,3 +46,18 @@ def require_width(counts: Tensor, k_max: int, op: str) -> None:
         torch._assert_async((counts <= k_max).all(), f"{op}: k_max={k_max} is too small for a row of the batch")
     elif counts.numel() and int(counts.max()) > k_max:
         raise ValueError(f"{op}: k_max must be at least {int(counts.max())}, the active latents of a row; got {k_max}")
+
+
+def exact_product(x: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x @ W.T` in the arithmetic of its dtype, fp32 or fp64.
+
+    With TF32, or bf16 on CPU, scores would not rank like fp32: where torch was told that it may use those, in fp64.
+    """
+    try:
+        exact = x.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set through torch's newer, finer switches, which this call refuses to sum up
+        exact = False
+    if exact:
+        return torch.mm(x, W.T, out=out)
+    product = torch.mm(x.double(), W.double().T)
+    return product.to(x.dtype) if out is None else out.copy_(product)

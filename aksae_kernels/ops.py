@@ -294,18 +294,18 @@ def topk_encode(
     Scores are fp32-accurate for fp32 inputs (fp64 for fp64), whatever torch's matmul precision is set to, and are
     ranked before they are rounded to the dtype of `x`.
 
-    On CPUs with bf16 units (AMX, AVX-512 BF16) and on GPUs an fp32 encode looks for candidates in bf16. With `~` for operands
-    rounded to bf16, p for their product and b for the bias, every fp32 score r satisfies `|p + b - r| <= e`,
+    On CPUs with bf16 units (AMX, AVX-512 BF16) and on GPUs an fp32 encode looks for candidates in bf16. With `~` for
+    operands rounded to bf16, p for their product and b for the bias, every fp32 score r satisfies `|p + b - r| <= e`,
 
         e = (|x - x~| + (D + 32) 2^-22 |x|) |w| + |x~| |w - w~| + 2^-20 |b| + (D + 32) 2^-120,
 
     by Cauchy-Schwarz for the rounding of the operands, and by the usual bound for sums of D + 32 terms, units (which
-    may truncate) and fp32 together. With L the k-th largest `p + b - e` of a row, a latent with `p + b + e < L` is not among its k best;
-    all others are multiplied again in fp32 and ranked by that. A row of which the bound says nothing (entries that are
-    not finite or near overflow, more candidates than a quarter of the latents on CPUs, than some 4 k on GPUs) is
-    multiplied in fp32 throughout. On CPUs its scores have the same bits either way; on GPUs the order of their sums
-    differs, within the error above. 16-bit inputs are multiplied on those units directly; on CPUs products below 2^-126
-    count as 0 there, as they do in torch's own bf16 products. `frozen` saves rounding W_enc in every call.
+    may truncate) and fp32 together. With L the k-th largest `p + b - e` of a row, a latent with `p + b + e < L` is not
+    among its k best; all others are multiplied again in fp32 and ranked by that. A row of which the bound says nothing
+    (entries that are not finite or near overflow, more candidates than a quarter of the latents on CPUs, than some 4 k
+    on GPUs) is multiplied in fp32 throughout. On CPUs its scores have the same bits either way; on GPUs the order of
+    their sums differs, within the error above. 16-bit inputs are multiplied on those units directly; on CPUs products
+    below 2^-126 count as 0 there, as they do in torch's own bf16 products. `frozen` saves rounding W_enc in every call.
 
     On GPUs it takes one slab of memory beside arguments and result, 128 MB or what AKSAE_SLAB_MB says.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .codes import SparseCodes, acc_dtype, check_codes, live_slots
-from .operands import require_width
+from .operands import exact_product, require_width
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements of the largest temporary of a sparse product; rows are taken in chunks that stay below it.
@@ -39,8 +39,7 @@ def topk_select(pre_acts: Tensor, k: Tensor, k_max: int) -> SparseCodes:
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, k_max: int) -> SparseCodes:
     acc = acc_dtype(x.dtype)
-    product = acc if _full_precision() else torch.float64
-    scores = (x.to(product) @ W_enc.to(product).T).to(acc)
+    scores = exact_product(x.to(acc), W_enc.to(acc))
     if b_enc is not None:
         scores = scores + b_enc.to(acc)
     return _topk(scores, k, k_max, x.dtype)
@@ -154,14 +153,6 @@ def adam_step_(
     param.copy_(weight)
     for tensor, old in zip((param, exp_avg, exp_avg_sq), before):
         tensor.copy_(torch.where(idle, old, tensor))
-
-
-def _full_precision() -> bool:
-    """Whether fp32 products are fp32: with TF32, or bf16 on CPU, they would not rank like fp32."""
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set through torch's newer, finer switches, which this call refuses to sum up
-        return False
 
 
 def _selectable(scores: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from aksae_kernels.testing import check_codes, encode_scores, error_ratio
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from aksae_kernels.backends import triton as backend
-from aksae_kernels.backends.triton import adam, encode, select, sparse, tuning
+from aksae_kernels.backends.triton import adam, encode, offer, ordering, select, sparse, tuning
 from benchmarks import resources, tune
 from benchmarks.problem import Shape
 
@@ -84,8 +84,8 @@ def test_k_rows_and_entries_compile_nothing_anew(dtype):
         calls = list(resources.op_calls(Shape(rows, 768, 24576), k, dtype))
         return {launch for call in calls for launch in resources.record(call)}
 
-    # A result of one row or one column, and an encode whose slabs are all of W, have launches of the others.
-    first = started(8192, 64)
+    # All latents of a few rows fit one slab, and are selected from at once.
+    first = started(8192, 64) | started(64, 64)
     for rows, k in ((100, 64), (8192, 320), (8191, 17), (33, 1), (10_000, 1000)):
         assert started(rows, k) <= first, (rows, k)
 
@@ -148,10 +148,10 @@ def test_a_slab_of_no_size_is_told(monkeypatch, text):
 @pytest.fixture
 def small(monkeypatch):
     """Slabs, lists and pieces so small that a small problem needs many of them."""
-    monkeypatch.setattr(tuning, "scan", lambda: tuning.Config("scan", (("BLOCK", 32),)))
+    monkeypatch.setattr(tuning, "select", lambda n_latents: tuning.Config("select", (("GROUP", 4), ("BLOCK", 32))))
     monkeypatch.setattr(tuning, "_SLAB_LATENTS", 64)
     monkeypatch.setattr(tuning, "_SLAB_CACHED_BYTES", 0)
-    monkeypatch.setattr(tuning, "LONG", 8)
+    monkeypatch.setattr(tuning, "_LEAST_PIECE", 8)
     monkeypatch.setattr(tuning, "slab_bytes", lambda: 20_000)
     monkeypatch.setattr(encode, "_LEAST_LISTED", 8)
 
@@ -206,6 +206,28 @@ def test_rows_that_the_screen_cannot_judge(fp32, small):
 
 
 @interpreted
+@pytest.mark.parametrize("bias", [None, 0.0, 0.5])
+def test_rows_of_zeros_are_no_burden(fp32, small, monkeypatch, bias):
+    """Padding: their scores are the bias, and the screen knows it."""
+    x, W, _ = encode_problem(fp32)
+    x[2:5], W[100:200] = 0, 0
+    b = None if bias is None else torch.full((len(W),), bias)
+    bars, launch = [], encode.launch
+
+    def recorded(kernel, grid, *args, **meta):
+        if kernel is encode._encode_exactly_kernel:
+            bars.append(args[kernel.arg_names.index("bars_ptr")].clone())
+        launch(kernel, grid, *args, **meta)
+
+    monkeypatch.setattr(encode, "launch", recorded)
+    codes = check_encoded(x, W, b, 9)
+    # A bias that all latents share makes ties of them, more than a list holds.
+    failed = torch.cat(bars) == encode.FAILED.value
+    assert failed.tolist() == [bias == 0.5 and 2 <= row < 5 for row in range(len(x))]
+    assert codes.counts[2:5].tolist() == [9 if bias == 0.5 else 0] * 3
+
+
+@interpreted
 def test_a_kept_weight_gives_the_same_bits(fp32, small):
     x, W, b = encode_problem(fp32)
     plain = topk_encode(x, W, b, k=9)
@@ -232,6 +254,14 @@ def test_long_latents_are_summed_in_pieces(case, small):
     assert error_ratio(sparse_weight_grad(codes, dense, len(hits)), expected, by_torch) <= 2
     _, sums = torch.ops.aksae.sparse_weight_grad(*codes, dense, len(hits), True, "triton")
     assert error_ratio(sums, oracle.sum(0), codes.to_dense(len(hits)).sum(0)) <= 2
+
+
+@interpreted
+def test_weight_gradients_of_no_latents_and_of_none_active(fp32):
+    none = torch.full((32, 64), -1, dtype=torch.int32)
+    codes = SparseCodes(torch.ones(32, 64), none, torch.zeros(32, dtype=torch.int32))
+    assert sparse_weight_grad(codes, torch.ones(32, 3), 0).shape == (0, 3)
+    assert (sparse_weight_grad(codes, torch.ones(32, 3), 7) == 0).all()
 
 
 @interpreted
@@ -264,12 +294,13 @@ def test_what_was_tuned_takes_the_place_of_the_heuristic(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "TUNED", table)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device, block, warps in (("a device", 64, 1), ("another", 512, 4)):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=device: device)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, device=device: device)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         tuning._tuned.cache_clear()
         assert (tuning.scan()["BLOCK"], tuning.scan().num_warps) == (block, warps)
     tuning._tuned.cache_clear()
 
 
 def test_kernels_say_what_they_do():
-    for module in (adam, encode, select, sparse, tuning, backend):
+    for module in (adam, encode, offer, ordering, select, sparse, tuning, backend):
         assert inspect.getdoc(module)

@@ -59,7 +59,7 @@ def adam_step_(
     torch.autograd.graph.increment_version((param, exp_avg, exp_avg_sq))
 
 
-@triton.jit(do_not_specialize=["n_elements"])
+@triton.jit
 def _adam_kernel(
     param_ptr,
     grad_ptr,

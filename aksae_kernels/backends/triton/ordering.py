@@ -84,17 +84,16 @@ def first_of_ties(tie, taken, ties):
 
 
 @triton.jit
-def append(keys_ptr, index_ptr, count, key, index, keep):
-    """Put what is kept of a block behind the list, in order; returns the new count."""
-    slot = count + tl.cumsum(keep.to(tl.int32), 0) - 1
-    tl.store(keys_ptr + slot, key, mask=keep)
-    tl.store(index_ptr + slot, index, mask=keep)
-    return count + tl.sum(keep.to(tl.int32), 0)
+def places(keep, count):
+    """Where what is kept of a block goes behind `count` entries, in order, and how many there are then."""
+    return count + tl.cumsum(keep.to(tl.int32), 0) - 1, count + tl.sum(keep.to(tl.int32), 0)
 
 
 @triton.jit
-def compact(keys_ptr, index_ptr, count, k, bar, BLOCK: tl.constexpr):
-    """Cut the list to the k best: `(count, bar)`. Later columns need a key `>= bar`, since they lose every tie."""
+def compact(keys_ptr, columns_ptr, count, k, bar, BLOCK: tl.constexpr):
+    """Cut a list of more than 2 k entries to the k best: `(count, bar)`. Later columns lose every tie, so the new bar
+    is above the k-th key; entries that tie with it, k at most, are why a shorter list might lose some the next time.
+    """
     tl.debug_barrier()
     bar, ties = kth_key(keys_ptr, count, k, bar, BLOCK)
     kept = 0
@@ -102,19 +101,44 @@ def compact(keys_ptr, index_ptr, count, k, bar, BLOCK: tl.constexpr):
     for start in range(0, count, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         key = tl.load(keys_ptr + slot, mask=slot < count, other=-1)
-        index = tl.load(index_ptr + slot, mask=slot < count, other=0)
+        column = tl.load(columns_ptr + slot, mask=slot < count, other=0)
         # Nobody may write to a slot of this block that another thread has yet to read.
         tl.debug_barrier()
         tie = key == bar - 1
-        kept = append(keys_ptr, index_ptr, kept, key, index, (key >= bar) | first_of_ties(tie, taken, ties))
+        keep = (key >= bar) | first_of_ties(tie, taken, ties)
         taken += tl.sum(tie.to(tl.int32), 0)
+        slot, kept = places(keep, kept)
+        tl.store(keys_ptr + slot, key, mask=keep)
+        tl.store(columns_ptr + slot, column, mask=keep)
     tl.debug_barrier()
     return kept, bar
 
 
 @triton.jit
-def write_best(keys_ptr, index_ptr, count, k, values_ptr, indices_ptr, width, BLOCK: tl.constexpr):
-    """Write the k best of the list as a row of codes, padding included; returns how many there were."""
+def compact_bounds(keys_ptr, uppers_ptr, columns_ptr, count, k, bar, BLOCK: tl.constexpr):
+    """The same of lower and upper bounds: the bar is the k-th largest lower one, and what may reach it is kept."""
+    tl.debug_barrier()
+    kth, ties = kth_key(keys_ptr, count, k, bar, BLOCK)
+    bar = tl.where(ties > 0, kth - 1, kth)
+    kept = 0
+    for start in range(0, count, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        key = tl.load(keys_ptr + slot, mask=slot < count, other=-1)
+        upper = tl.load(uppers_ptr + slot, mask=slot < count, other=-1)
+        column = tl.load(columns_ptr + slot, mask=slot < count, other=0)
+        tl.debug_barrier()
+        keep = upper >= bar
+        slot, kept = places(keep, kept)
+        tl.store(keys_ptr + slot, key, mask=keep)
+        tl.store(uppers_ptr + slot, upper, mask=keep)
+        tl.store(columns_ptr + slot, column, mask=keep)
+    tl.debug_barrier()
+    return kept, bar
+
+
+@triton.jit
+def write_best(keys_ptr, columns_ptr, count, k, values_ptr, indices_ptr, width, BLOCK: tl.constexpr):
+    """Write the k best of a list as a row of codes, padding included; returns how many there were."""
     tl.debug_barrier()
     bar, ties = kth_key(keys_ptr, count, k, 1, BLOCK)
     written = 0
@@ -122,12 +146,13 @@ def write_best(keys_ptr, index_ptr, count, k, values_ptr, indices_ptr, width, BL
     for start in range(0, count, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         key = tl.load(keys_ptr + slot, mask=slot < count, other=-1)
-        index = tl.load(index_ptr + slot, mask=slot < count, other=0)
+        column = tl.load(columns_ptr + slot, mask=slot < count, other=0)
         tie = key == bar - 1
         keep = (key >= bar) | first_of_ties(tie, taken, ties)
         taken += tl.sum(tie.to(tl.int32), 0)
-        value = narrow(to_score(key), values_ptr.dtype.element_ty)
-        written = append(values_ptr, indices_ptr, written, value, index, keep)
+        slot, written = places(keep, written)
+        tl.store(values_ptr + slot, narrow(to_score(key), values_ptr.dtype.element_ty), mask=keep)
+        tl.store(indices_ptr + slot, column, mask=keep)
     write_padding(values_ptr, indices_ptr, written, width, BLOCK)
     return written
 

@@ -1,10 +1,6 @@
 """Selections from scores in memory: topk_select, batch_topk_select, threshold_select.
 
-**topk_select**, one program a row, after the pruned select of sparse-attention indexers. One streaming read leaves the
-maximum of every group of adjacent columns. With tau the k-th largest maximum, at least k scores are `>= tau`, so every
-winner is; a group whose maximum is below tau holds none; fewer than k groups are above it, and of those that tie with
-it the first few suffice, since each holds a score equal to tau and ties go to the smaller index. So at most k groups
-are read again, whatever the row looks like, and what reaches tau there is ranked exactly.
+**topk_select** is the pruned select of `offer.py`, one program a row, and an exact ranking of what it leaves.
 
 **batch_topk_select** is a radix select over the whole matrix: three passes of histograms find the key that the budget
 ends at, a fourth counts the ties of every row, a fifth writes. Counts are integers, so atomics do not disturb them.
@@ -23,7 +19,8 @@ from ...codes import SparseCodes
 from ...operands import empty_codes, limits, require_width, rows
 from . import tuning
 from .launch import launch, on_device_of_first
-from .ordering import append, compact, first_of_ties, kth_key, to_key, write_best, write_padding
+from .offer import offer_row
+from .ordering import first_of_ties, places, to_key, write_best, write_padding
 from .rounding import widen
 
 # A key's 31 bits from the top: where its digits begin and end.
@@ -36,29 +33,38 @@ _HISTOGRAM_PROGRAMS = 1024
 @on_device_of_first
 def topk_select(pre_acts: Tensor, k: Tensor, k_max: int) -> SparseCodes:
     codes = empty_codes(pre_acts, k_max)
-    n_rows, n_latents = pre_acts.shape
+    select_rows(rows(pre_acts), None, k.contiguous(), codes)
+    return codes
+
+
+def select_rows(scores: Tensor, bias: Tensor | None, k: Tensor, codes: SparseCodes) -> None:
+    """Write the codes of `scores + bias`, which has all latents of its rows."""
+    n_rows, n_latents = scores.shape
+    width = codes.indices.shape[1]
     config = tuning.select(n_latents)
     n_groups = triton.cdiv(n_latents, config["GROUP"])
-    capacity = list_capacity(k_max, config["BLOCK"], n_latents)
-    scores = rows(pre_acts)
-    maxima = k.new_empty(n_rows, n_groups)
-    lists = k.new_empty(2, n_rows, capacity)
+    capacity = list_capacity(width, config["BLOCK"], n_latents)
+    maxima, groups = k.new_empty(2, n_rows, n_groups)
+    keys, columns = k.new_empty(2, n_rows, capacity)
     launch(
         _topk_select_kernel,
         (n_rows,),
         scores,
         scores.stride(0),
         n_latents,
-        k.contiguous(),
+        bias,
+        k,
         maxima,
+        groups,
         n_groups,
-        *lists,
+        keys,
+        columns,
         capacity,
         *codes,
-        k_max,
+        width,
+        HAS_BIAS=bias is not None,
         **config.meta,
     )
-    return codes
 
 
 @on_device_of_first
@@ -66,7 +72,7 @@ def batch_topk_select(pre_acts: Tensor, budget: int, k_max: int) -> SparseCodes:
     scores = rows(pre_acts)
     n_rows, n_latents = scores.shape
     budget = min(budget, n_rows * n_latents)
-    config = tuning.scan()
+    config = tuning.histogram()
     # The key found so far, and how many of its ties are still wanted.
     bound = torch.zeros(1, dtype=torch.int32, device=scores.device)
     wanted = torch.full((1,), budget, dtype=torch.int64, device=scores.device)
@@ -88,7 +94,7 @@ def batch_topk_select(pre_acts: Tensor, budget: int, k_max: int) -> SparseCodes:
         )
         launch(_pick_digit_kernel, (1,), histogram, bound, wanted, SHIFT=shift, num_warps=4)
     ties = torch.empty(n_rows, dtype=torch.int64, device=scores.device)
-    launch(_count_ties_kernel, (n_rows,), scores, scores.stride(0), n_latents, bound, ties, **config.meta)
+    launch(_count_ties_kernel, (n_rows,), scores, scores.stride(0), n_latents, bound, ties, **tuning.scan().meta)
     # Rows in order get what is left of the wanted ties.
     before = ties.cumsum(0) - ties
     ties = torch.minimum(ties, (wanted - before).clamp(min=0)).to(torch.int32)
@@ -132,80 +138,58 @@ def _topk_select_kernel(
     scores_ptr,
     stride_row,
     n_latents,
+    bias_ptr,
     k_ptr,
     maxima_ptr,
+    groups_ptr,
     n_groups,
     keys_ptr,
-    index_ptr,
+    columns_ptr,
     capacity,
     values_ptr,
     indices_ptr,
     counts_ptr,
     width,
+    HAS_BIAS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    scores_ptr += row * stride_row
-    maxima_ptr += row * n_groups
-    keys_ptr += row * capacity
-    index_ptr += row * capacity
-    values_ptr += row * width
-    indices_ptr += row * width
     k = tl.load(k_ptr + row)
-    written = 0
-    if k > 0:
-        store_maxima(scores_ptr, n_latents, maxima_ptr, n_groups, GROUP, BLOCK)
-        tl.debug_barrier()
-        # At most k groups: their numbers fit into the row of indices, which is written last.
-        bar, ties = kth_key(maxima_ptr, n_groups, k, 1, BLOCK)
-        n_listed = list_groups(maxima_ptr, n_groups, bar, ties, indices_ptr, BLOCK)
-        bar = tl.where(ties > 0, bar - 1, bar)
-        tl.debug_barrier()
-        count = 0
-        for start in range(0, n_listed, BLOCK // GROUP):
-            slot = start + tl.arange(0, BLOCK) // GROUP
-            group = tl.load(indices_ptr + slot, mask=slot < n_listed, other=n_groups)
-            column = group * GROUP + tl.arange(0, BLOCK) % GROUP
-            inside = (slot < n_listed) & (column < n_latents) & (column >= 0)
-            key = to_key(tl.load(scores_ptr + column, mask=inside, other=0.0))
-            if count + tl.sum((key >= bar).to(tl.int32), 0) > capacity:
-                count, bar = compact(keys_ptr, index_ptr, count, k, bar, BLOCK)
-            count = append(keys_ptr, index_ptr, count, key, column, key >= bar)
-        written = write_best(keys_ptr, index_ptr, count, k, values_ptr, indices_ptr, width, BLOCK)
-    else:
-        write_padding(values_ptr, indices_ptr, 0, width, BLOCK)
-    tl.store(counts_ptr + row, written)
-
-
-@triton.jit
-def store_maxima(scores_ptr, n_latents, maxima_ptr, n_groups, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key of every GROUP adjacent columns: one streaming read of the row."""
-    N: tl.constexpr = BLOCK // GROUP
-    for first in range(0, n_groups, N):
-        group = first + tl.arange(0, N)
-        # Counted from the block on: a column's number times its size passes 2^31 before the number does.
-        left = n_latents - first * GROUP
-        offset = tl.arange(0, N)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        score = tl.load(scores_ptr + tl.cast(first, tl.int64) * GROUP + offset, mask=offset < left, other=0.0)
-        tl.store(maxima_ptr + group, tl.max(to_key(score), 1), mask=group < n_groups)
-
-
-@triton.jit
-def list_groups(maxima_ptr, n_groups, bar, ties, list_ptr, BLOCK: tl.constexpr):
-    """The numbers of the groups whose maximum is `>= bar`, and of the first `ties` of those at `bar - 1`."""
+    keys_ptr += row * capacity
+    columns_ptr += row * capacity
     count = 0
-    taken = 0
-    for start in range(0, n_groups, BLOCK):
-        group = start + tl.arange(0, BLOCK)
-        maximum = tl.load(maxima_ptr + group, mask=group < n_groups, other=-1)
-        tie = maximum == bar - 1
-        keep = (maximum >= bar) | first_of_ties(tie, taken, ties)
-        taken += tl.sum(tie.to(tl.int32), 0)
-        slot = count + tl.cumsum(keep.to(tl.int32), 0) - 1
-        tl.store(list_ptr + slot, group, mask=keep)
-        count += tl.sum(keep.to(tl.int32), 0)
-    return count
+    if k > 0:
+        count, _ = offer_row(
+            scores_ptr + row * stride_row,
+            n_latents,
+            0,
+            1,
+            bias_ptr,
+            k,
+            maxima_ptr + row * n_groups,
+            None,
+            groups_ptr + row * n_groups,
+            keys_ptr,
+            None,
+            columns_ptr,
+            capacity,
+            count,
+            1,
+            0.0,
+            0.0,
+            None,
+            None,
+            0.0,
+            HAS_BIAS,
+            False,
+            GROUP,
+            BLOCK,
+        )
+    written = write_best(
+        keys_ptr, columns_ptr, count, k, values_ptr + row * width, indices_ptr + row * width, width, BLOCK
+    )
+    tl.store(counts_ptr + row, written)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -231,7 +215,7 @@ def _histogram_kernel(
         key = to_key(tl.load(scores_ptr + row * stride_row + column, mask=column < n_latents, other=0.0))
         digit = (key >> SHIFT) & ((1 << (ABOVE - SHIFT)) - 1)
         counts += tl.histogram(digit, _N_DIGITS, mask=(key > 0) & ((key ^ bound) >> ABOVE == 0))
-    tl.atomic_add(histogram_ptr + tl.arange(0, _N_DIGITS), counts.to(tl.int64), mask=counts > 0)
+    tl.atomic_add(histogram_ptr + tl.arange(0, _N_DIGITS), counts.to(tl.int64), mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
@@ -294,10 +278,9 @@ def _write_hits_kernel(
             tie = (key == bound) & (key > 0)
             keep = (key > bound) | first_of_ties(tie, taken, tl.load(ties_ptr + row))
             taken += tl.sum(tie.to(tl.int32), 0)
-        slot = count + tl.cumsum(keep.to(tl.int32), 0) - 1
+        slot, count = places(keep, count)
         fits = keep & (slot < width)
         tl.store(values_ptr + slot, score, mask=fits)
         tl.store(indices_ptr + slot, column, mask=fits)
-        count += tl.sum(keep.to(tl.int32), 0)
     write_padding(values_ptr, indices_ptr, count, width, BLOCK)
     tl.store(counts_ptr + row, count)

@@ -4,10 +4,10 @@ All of them gather rows of a dense matrix, and gathers are bound by the second-l
 columns slice by slice, a slice being what keeps its part of the gathered matrix in that cache, and slices are the
 slowest dimension of a grid, or launches that follow each other where a result adds up over slices.
 
-**Weight gradients** are latent-major: a stable sort of all stored entries by latent (CSR to CSC) puts the rows that
-latent f is active in next to each other, in ascending order, and one program sums them and writes row f once, zeros
-included. No atomics, no memset. A latent with more than `LONG` entries is summed in pieces of `LONG` by programs of
-their own, and the pieces are added in order.
+**Weight gradients** are latent-major: a stable counting sort of all stored entries by latent (CSR to CSC) puts the rows
+that latent f is active in next to each other, in ascending order, and one program sums them and writes row f once,
+zeros included. Atomics hand out places, never add numbers, and the places are put in order afterwards. A latent with
+many entries is summed in pieces by programs of their own, and the pieces are added in order.
 
 Sums have two levels at least (blocks by a tree, runs of blocks one after the other, runs one after the other), so that
 thousands of terms of one sign lose no more than a dense product does. Every order is fixed: results repeat bit by bit.
@@ -28,6 +28,9 @@ from .rounding import narrow, widen
 
 # Blocks that are summed one after the other before their sum joins the total.
 _RUN = tl.constexpr(16)
+# Entries of the sort by latent that one program puts in order at a time, and programs that share them.
+_ORDERED = 64
+_ORDER_PROGRAMS = 4096
 
 
 @on_device_of_first
@@ -142,26 +145,26 @@ def sparse_weight_grad(
     check_codes(indices, counts, d_sae)
     n_rows, width = values.shape
     d_in = dense.shape[1]
-    dense = rows(dense)
-    order, offsets = by_latent(indices, counts, d_sae)
     grad = values.new_empty(d_sae, d_in)
     total = values.new_empty(d_sae if sums else 0)
+    if not d_sae:
+        return grad, total
+    dense = rows(dense)
+    order, offsets, hits = by_latent(indices, counts, d_sae)
     config = tuning.weight_grad(n_rows, d_in, dense.element_size())
     # One slice at least: the sums are wanted of a matrix without columns too.
     n_slices = max(1, triton.cdiv(d_in, config["BLOCK_D"]))
-    entries = (values.contiguous(), order, offsets, width, dense, dense.stride(0), d_in)
-
-    hits = offsets.diff()
-    pieces = torch.where(hits > tuning.LONG, (hits + tuning.LONG - 1) // tuning.LONG, 0)
-    ends = pieces.cumsum(0)
-    # A latent of more than LONG entries has fewer than twice as many pieces as it has LONG entries.
-    n_pieces = 2 * (n_rows * width // tuning.LONG)
+    # Latents of more than `long` entries have fewer than twice as many pieces as they have `long` entries.
+    long = tuning.piece(n_rows * width)
+    n_pieces = 2 * (n_rows * width // long)
+    ends = torch.where(hits > long, (hits + (long - 1)) // long, 0).cumsum(0)
     partial = torch.empty(n_pieces, d_in, dtype=torch.float32, device=dense.device)
     partial_sums = torch.empty(n_pieces if sums else 0, dtype=torch.float64, device=dense.device)
-    parts = (ends, partial, partial_sums)
-    meta = {"SUMS": sums, "LONG": tuning.LONG, **config.meta}
-    launch(_long_latents_kernel, (n_pieces, n_slices), *entries, *parts, d_sae, **meta)
-    launch(_weight_grad_kernel, (d_sae, n_slices), *entries, *parts, grad, total, **meta)
+    operands = (values.contiguous(), order, offsets, width, dense, dense.stride(0), d_in)
+    parts = (long, ends, partial, partial_sums)
+    meta = {"SUMS": sums, **config.meta}
+    launch(_long_latents_kernel, (n_pieces, n_slices), *operands, *parts, d_sae, **meta)
+    launch(_weight_grad_kernel, (d_sae, n_slices), *operands, *parts, grad, total, **meta)
     return grad, total
 
 
@@ -186,17 +189,35 @@ def scatter_codes(values: Tensor, indices: Tensor, counts: Tensor, d_sae: int) -
     return dense
 
 
-def by_latent(indices: Tensor, counts: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
-    """CSR to CSC: the slots `b K + j` of all entries by latent, then by row; and `[F + 1]`, where each latent's begin.
+def by_latent(indices: Tensor, counts: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """CSR to CSC: all entries `row << 32 | j` by latent, then by row and slot; where those of each latent begin,
+    `[F + 1]`; and how many there are, `[F]`.
 
-    The sort is over all slots, the padding last, since how many hold an entry is not known to the host.
+    Its time follows the number of entries. Its result is that of a stable sort, whatever the order of the atomics.
     """
-    live = torch.arange(indices.shape[1], device=indices.device) < counts.unsqueeze(-1)
-    # Half the digits to sort by where they suffice.
-    narrow = torch.int16 if d_sae <= torch.iinfo(torch.int16).max else torch.int32
-    keys, order = torch.where(live, indices, d_sae).to(narrow).flatten().sort(stable=True)
-    latents = torch.arange(d_sae + 1, dtype=narrow, device=indices.device)
-    return order, torch.searchsorted(keys, latents)
+    n_rows, width = indices.shape
+    indices, counts = indices.contiguous(), counts.contiguous()
+    hits, taken = torch.zeros(2, d_sae, dtype=torch.int32, device=indices.device)
+    offsets = torch.zeros(d_sae + 1, dtype=torch.int64, device=indices.device)
+    placed, order = torch.empty(2, n_rows * width, dtype=torch.int64, device=indices.device)
+    launch(_count_hits_kernel, (n_rows,), indices, counts, width, hits, BLOCK=tuning.ENTRIES, num_warps=1)
+    torch.cumsum(hits, 0, out=offsets[1:])
+    launch(_place_kernel, (n_rows,), indices, counts, width, offsets, taken, placed, BLOCK=tuning.ENTRIES, num_warps=1)
+    n_blocks = min(triton.cdiv(n_rows * width, _ORDERED), _ORDER_PROGRAMS)
+    launch(
+        _order_kernel,
+        (n_blocks,),
+        placed,
+        indices,
+        width,
+        offsets,
+        d_sae,
+        order,
+        BLOCK=_ORDERED,
+        OTHERS=16,
+        num_warps=4,
+    )
+    return order, offsets, hits
 
 
 @triton.jit
@@ -216,50 +237,53 @@ def gather_sum(
 ):
     """`sum of values[e] * matrix[index[e], column]` over entries e in [begin, end), in fp32.
 
-    TRANSPOSED: `index[e]` is not a row but the slot `row * width + j` of an entry, where its value is found too.
+    TRANSPOSED: `index[e]` is `row << 32 | j`, and the value that of slot j of the row.
     """
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
     for run in range(begin, end, BLOCK_K * _RUN):
-        run_total = tl.zeros([BLOCK_D], dtype=tl.float32)
+        # Sums over the blocks of a run are held apart for each place in a block, and added up once.
+        run_total = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
         for start in range(run, tl.minimum(run + BLOCK_K * _RUN, end), BLOCK_K):
             entry = start + tl.arange(0, BLOCK_K)
             live = entry < end
             index = tl.load(index_ptr + entry, mask=live, other=0)
-            slot = index if TRANSPOSED else entry
-            value = tl.load(values_ptr + slot, mask=live, other=0.0).to(tl.float32)
-            row = (index // width if TRANSPOSED else index).to(tl.int64)
+            if TRANSPOSED:
+                row = index >> 32
+                value = tl.load(values_ptr + row * width + (index & 0xFFFFFFFF), mask=live, other=0.0)
+            else:
+                row = index.to(tl.int64)
+                value = tl.load(values_ptr + entry, mask=live, other=0.0)
             piece = tl.load(
                 matrix_ptr + row[:, None] * stride_matrix + column[None, :],
                 mask=live[:, None] & inside[None, :],
                 other=0.0,
             )
-            run_total += tl.sum(value[:, None] * piece.to(tl.float32), 0)
-        total += run_total
+            run_total += value.to(tl.float32)[:, None] * piece.to(tl.float32)
+        total += tl.sum(run_total, 0)
     return total
 
 
 @triton.jit
 def gather_dots(index, live, W_ptr, stride_W, vector_ptr, first, last, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
     """`<W[index], vector>` over columns [first, last), in fp32; 0 for entries that are not live."""
-    dots = tl.zeros([BLOCK_K], dtype=tl.float32)
+    products = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     for start in range(first, last, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
         inside = column < last
         vector = tl.load(vector_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        dots += piece_dots(index, live, W_ptr, stride_W, column, inside, vector)
-    return dots
+        products += piece_products(index, live, W_ptr, stride_W, column, inside, vector)
+    return tl.where(live, tl.sum(products, 1), 0.0)
 
 
 @triton.jit
-def piece_dots(index, live, W_ptr, stride_W, column, inside, vector):
-    """One slice of `gather_dots`, with the slice of the vector at hand."""
+def piece_products(index, live, W_ptr, stride_W, column, inside, vector):
+    """One slice of `gather_dots`, not yet summed, with the slice of the vector at hand."""
     piece = tl.load(
         W_ptr + index.to(tl.int64)[:, None] * stride_W + column[None, :],
         mask=live[:, None] & inside[None, :],
         other=0.0,
     )
-    # Blanked, not multiplied by zero: the vector may hold NaN.
-    return tl.where(live, tl.sum(piece.to(tl.float32) * vector[None, :], 1), 0.0)
+    return piece.to(tl.float32) * vector[None, :]
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -301,7 +325,7 @@ def _decode_kernel(
     tl.store(y_ptr + row * d_in + column, narrow(y, y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["width", "first"])
+@triton.jit(do_not_specialize=["width"])
 def _decode_mse_kernel(
     values_ptr,
     indices_ptr,
@@ -354,12 +378,12 @@ def _decode_mse_kernel(
             entry = start + tl.arange(0, BLOCK_K)
             live = entry < count
             index = tl.load(indices_ptr + slots + entry, mask=live, other=0)
-            dots = piece_dots(index, live, W_ptr, stride_W, column, inside, error)
+            dots = tl.sum(piece_products(index, live, W_ptr, stride_W, column, inside, error), 1)
             before = tl.load(dots_ptr + slots + entry, mask=live, other=0.0)
             tl.store(dots_ptr + slots + entry, before + dots, mask=live)
 
 
-@triton.jit(do_not_specialize=["width", "first"])
+@triton.jit(do_not_specialize=["width"])
 def _value_grad_kernel(
     grad_ptr,
     stride_grad,
@@ -390,17 +414,65 @@ def _value_grad_kernel(
 
 
 @triton.jit
-def sum_values(values_ptr, order_ptr, begin, end, BLOCK: tl.constexpr):
+def sum_values(values_ptr, width, order_ptr, begin, end, BLOCK: tl.constexpr):
     """The values of entries [begin, end) alone, in fp64: a bias's gradient, which nothing else averages out."""
     total = tl.zeros([BLOCK], dtype=tl.float64)
     for start in range(begin, end, BLOCK):
-        entry = start + tl.arange(0, BLOCK)
-        slot = tl.load(order_ptr + entry, mask=entry < end, other=0)
-        total += tl.load(values_ptr + slot, mask=entry < end, other=0.0).to(tl.float64)
+        place = start + tl.arange(0, BLOCK)
+        entry = tl.load(order_ptr + place, mask=place < end, other=0)
+        slot = (entry >> 32) * width + (entry & 0xFFFFFFFF)
+        total += tl.load(values_ptr + slot, mask=place < end, other=0.0).to(tl.float64)
     return tl.sum(total, 0)
 
 
+@triton.jit(do_not_specialize=["width"])
+def _count_hits_kernel(indices_ptr, counts_ptr, width, hits_ptr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.load(counts_ptr + row)
+    for start in range(0, count, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        latent = tl.load(indices_ptr + row * width + slot, mask=slot < count, other=0)
+        tl.atomic_add(hits_ptr + latent, 1, mask=slot < count, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["width"])
+def _place_kernel(indices_ptr, counts_ptr, width, offsets_ptr, taken_ptr, placed_ptr, BLOCK: tl.constexpr):
+    """Every entry among those of its latent, at whatever place is free."""
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.load(counts_ptr + row)
+    for start in range(0, count, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        live = slot < count
+        latent = tl.load(indices_ptr + row * width + slot, mask=live, other=0)
+        place = tl.load(offsets_ptr + latent, mask=live, other=0)
+        place += tl.atomic_add(taken_ptr + latent, 1, mask=live, sem="relaxed")
+        tl.store(placed_ptr + place, (row << 32) | slot.to(tl.int64), mask=live)
+
+
 @triton.jit(do_not_specialize=["width", "n_latents"])
+def _order_kernel(
+    placed_ptr, indices_ptr, width, offsets_ptr, n_latents, order_ptr, BLOCK: tl.constexpr, OTHERS: tl.constexpr
+):
+    """Each entry to the place that its rank among those of its latent gives it: as many of them as are smaller."""
+    n_entries = tl.load(offsets_ptr + n_latents)
+    stride = tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n_entries, stride):
+        place = start + tl.arange(0, BLOCK)
+        live = place < n_entries
+        entry = tl.load(placed_ptr + place, mask=live, other=0)
+        latent = tl.load(indices_ptr + (entry >> 32) * width + (entry & 0xFFFFFFFF), mask=live, other=0)
+        begin = tl.load(offsets_ptr + latent, mask=live, other=0)
+        n = tl.load(offsets_ptr + latent + 1, mask=live, other=0) - begin
+        rank = tl.zeros([BLOCK], dtype=tl.int32)
+        for first in range(0, tl.max(n, 0), OTHERS):
+            nth = first + tl.arange(0, OTHERS)
+            among = nth[None, :] < n[:, None]
+            other = tl.load(placed_ptr + begin[:, None] + nth[None, :], mask=among, other=0)
+            rank += tl.sum((among & (other < entry[:, None])).to(tl.int32), 1)
+        tl.store(order_ptr + begin + rank, entry, mask=live)
+
+
+@triton.jit(do_not_specialize=["width", "long", "n_latents"])
 def _long_latents_kernel(
     values_ptr,
     order_ptr,
@@ -409,16 +481,16 @@ def _long_latents_kernel(
     dense_ptr,
     stride_dense,
     d_in,
+    long,
     ends_ptr,
     partial_ptr,
     partial_sums_ptr,
     n_latents,
     SUMS: tl.constexpr,
-    LONG: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One piece of a latent with more than LONG entries; pieces of all such latents are counted through."""
+    """One piece of a latent with more than `long` entries; pieces of all such latents are counted through."""
     piece = tl.program_id(0).to(tl.int64)
     if piece < tl.load(ends_ptr + n_latents - 1):
         # The first latent whose pieces end behind this one.
@@ -433,8 +505,8 @@ def _long_latents_kernel(
         first_piece = 0 * piece
         if latent > 0:
             first_piece = tl.load(ends_ptr + latent - 1)
-        begin = tl.load(offsets_ptr + latent) + (piece - first_piece) * LONG
-        end = tl.minimum(begin + LONG, tl.load(offsets_ptr + latent + 1))
+        begin = tl.load(offsets_ptr + latent) + (piece - first_piece) * long
+        end = tl.minimum(begin + long, tl.load(offsets_ptr + latent + 1))
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = column < d_in
         total = gather_sum(
@@ -453,10 +525,10 @@ def _long_latents_kernel(
         )
         tl.store(partial_ptr + piece * d_in + column, total, mask=inside)
         if SUMS and tl.program_id(1) == 0:
-            tl.store(partial_sums_ptr + piece, sum_values(values_ptr, order_ptr, begin, end, BLOCK_D))
+            tl.store(partial_sums_ptr + piece, sum_values(values_ptr, width, order_ptr, begin, end, BLOCK_D))
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["width", "long"])
 def _weight_grad_kernel(
     values_ptr,
     order_ptr,
@@ -465,13 +537,13 @@ def _weight_grad_kernel(
     dense_ptr,
     stride_dense,
     d_in,
+    long,
     ends_ptr,
     partial_ptr,
     partial_sums_ptr,
     grad_ptr,
     sums_ptr,
     SUMS: tl.constexpr,
-    LONG: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -481,7 +553,7 @@ def _weight_grad_kernel(
     end = tl.load(offsets_ptr + latent + 1)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < d_in
-    if end - begin <= LONG:
+    if end - begin <= long:
         total = gather_sum(
             values_ptr,
             order_ptr,
@@ -499,16 +571,16 @@ def _weight_grad_kernel(
     else:
         total = tl.zeros([BLOCK_D], dtype=tl.float32)
         last_piece = tl.load(ends_ptr + latent)
-        for piece in range(last_piece - tl.cdiv(end - begin, LONG), last_piece):
+        for piece in range(last_piece - tl.cdiv(end - begin, long), last_piece):
             total += tl.load(partial_ptr + piece * d_in + column, mask=inside, other=0.0)
     tl.store(grad_ptr + latent * d_in + column, narrow(total, grad_ptr.dtype.element_ty), mask=inside)
     if SUMS and tl.program_id(1) == 0:
-        if end - begin <= LONG:
-            sums = sum_values(values_ptr, order_ptr, begin, end, BLOCK_D)
+        if end - begin <= long:
+            sums = sum_values(values_ptr, width, order_ptr, begin, end, BLOCK_D)
         else:
             sums = tl.full([], 0.0, dtype=tl.float64)
             last_piece = tl.load(ends_ptr + latent)
-            for piece in range(last_piece - tl.cdiv(end - begin, LONG), last_piece):
+            for piece in range(last_piece - tl.cdiv(end - begin, long), last_piece):
                 sums += tl.load(partial_sums_ptr + piece)
         tl.store(sums_ptr + latent, narrow(sums.to(tl.float32), sums_ptr.dtype.element_ty))
 

@@ -23,9 +23,6 @@ import triton
 
 TUNED = Path(__file__).with_name("tuned.json")
 
-LONG = 1024
-"""Entries of a latent that one program of a weight gradient takes."""
-
 ENTRIES = 128
 """Stored entries of a row that one program takes, where a row is shared among programs."""
 
@@ -34,7 +31,9 @@ _CACHED_BYTES = 32 << 20
 # A slab of scores of that size is filtered before it leaves that cache.
 _SLAB_CACHED_BYTES = 32 << 20
 _SLAB_LATENTS = 1024
+_SLAB_ROWS = 1024
 _DEFAULT_SLAB_MB = 128
+_LEAST_PIECE = 1024
 
 
 class Config(NamedTuple):
@@ -59,8 +58,9 @@ class Config(NamedTuple):
 
 
 def select(n_latents: int) -> Config:
-    """Groups near sqrt(2 F / k) columns make the maxima and the groups read again equally many."""
-    return _config("select", GROUP=32 if n_latents <= 1 << 17 else 64, BLOCK=1024)
+    """Groups of which there are some 500 or more: a k of half as many is bounded well, whatever the row. With groups of
+    sqrt(2 F / k) latents, the maxima and what is read again would be equally many."""
+    return _config("select", GROUP=16 if n_latents <= 1 << 14 else 32 if n_latents <= 1 << 17 else 64, BLOCK=1024)
 
 
 def scan() -> Config:
@@ -68,14 +68,20 @@ def scan() -> Config:
     return _config("scan", BLOCK=512)
 
 
+def histogram() -> Config:
+    """Large blocks: each is a histogram of 2048 bins to clear and to add."""
+    return _config("histogram", BLOCK=4096)
+
+
 def rounding() -> Config:
     """Rows of a matrix that is read once and written once."""
     return _config("rounding", ROWS=16, BLOCK=128)
 
 
-def exact() -> Config:
-    """The fp32 product of rows that the screen could not judge, and the scan of their scores."""
-    return _config("exact", ROWS=16, BLOCK_N=64, BLOCK_D=32, BLOCK=scan()["BLOCK"])
+def exact(n_latents: int) -> Config:
+    """The fp32 product of rows that the screen could not judge, and the selection from their scores."""
+    select_blocks = dict(select(n_latents).blocks)
+    return _config("exact", ROWS=16, BLOCK_N=64, BLOCK_D=32, **select_blocks)
 
 
 def gather(n_rows: int, d_in: int, element_size: int) -> Config:
@@ -94,6 +100,12 @@ def weight_grad(n_rows: int, d_in: int, element_size: int) -> Config:
     return _config("weight_grad", BLOCK_K=8, BLOCK_D=min(512, _gathered_slice(n_rows, d_in, element_size)))
 
 
+def piece(n_slots: int) -> int:
+    """Entries of a latent that one program of a weight gradient takes: 1024, or so many more that the sums of pieces
+    take the memory of 4096 rows at most."""
+    return max(_LEAST_PIECE, triton.next_power_of_2(triton.cdiv(n_slots, 2048)))
+
+
 def optimizer(n_columns: int) -> Config:
     """A row in one block where it is not wide."""
     return _config("optimizer", BLOCK=min(2048, max(128, triton.next_power_of_2(n_columns))))
@@ -107,20 +119,24 @@ class Slab(NamedTuple):
 
 
 def slab(n_rows: int, n_latents: int, rounded_width: int, capacity: int) -> Slab:
-    """As many rows as `slab_bytes` allows, in equal parts, and as many latents as stay in cache; 1024 at least.
+    """A slab that stays in cache: 1024 rows, which is enough to multiply at full speed, and as many latents as fit.
 
-    A row needs its scores (fp32), its list of `capacity` candidates (two or three int32) and, where operands are
-    rounded to bf16, `rounded_width` numbers of that; a latent needs as many. One row and 1024 latents are taken even
-    where they do not fit.
+    Where operands are rounded to bf16 first (`rounded_width` numbers a row), as many rows as `slab_bytes` allows, and
+    fewer latents: W is rounded again for each part of the rows.
+
+    A row needs its list of `capacity` candidates (two or three int32) and its rounded copy, a latent the latter; a
+    score four bytes, and one for the maxima and numbers of groups. One row and 1024 latents are taken even where they
+    do not fit. Parts of the rows are equal, and begin at multiples of 16, as kernels of aligned data want them.
     """
     per_row = (12 if rounded_width else 8) * capacity + 2 * rounded_width
     per_latent = 2 * rounded_width
     budget, least = slab_bytes(), min(n_latents, _SLAB_LATENTS)
-    fitting = max(1, (budget - per_latent * least) // max(1, per_row + 4 * least))
-    n_parts = max(1, -(-n_rows // fitting))
-    rows = max(1, -(-n_rows // n_parts))
-    most = min(_SLAB_CACHED_BYTES // (4 * rows), (budget - per_row * rows) // (4 * rows + per_latent))
-    return Slab(rows, max(1, min(n_latents, max(_SLAB_LATENTS, most // _SLAB_LATENTS * _SLAB_LATENTS))))
+    fitting = max(1, (budget - per_latent * least) // max(1, per_row + 5 * least))
+    rows = fitting if rounded_width else min(fitting, _SLAB_ROWS)
+    n_parts = -(-n_rows // rows)
+    rows = min(max(1, fitting // 16 * 16), -(-n_rows // max(1, 16 * n_parts)) * 16)
+    most = min(_SLAB_CACHED_BYTES // (4 * max(1, rows)), (budget - per_row * rows) // max(1, 5 * rows + per_latent))
+    return Slab(max(1, rows), max(1, min(n_latents, max(_SLAB_LATENTS, most // _SLAB_LATENTS * _SLAB_LATENTS))))
 
 
 def slab_bytes() -> int:
@@ -167,12 +183,12 @@ def trying(replacements: Mapping[str, Config]) -> Iterator[None]:
 def _replacements() -> Mapping[str, Config]:
     if _trial is not None:
         return _trial
-    return _tuned(torch.cuda.get_device_name()) if torch.cuda.is_available() else {}
+    return _tuned(torch.cuda.current_device()) if torch.cuda.is_available() else {}
 
 
 @functools.cache
-def _tuned(device: str) -> Mapping[str, Config]:
-    table = json.loads(TUNED.read_text()).get(device, {}) if TUNED.exists() else {}
+def _tuned(device: int) -> Mapping[str, Config]:
+    table = json.loads(TUNED.read_text()).get(torch.cuda.get_device_name(device), {}) if TUNED.exists() else {}
     return {
         key: Config(key.split()[0], tuple(entry["blocks"].items()), entry["num_warps"]) for key, entry in table.items()
     }
