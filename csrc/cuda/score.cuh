@@ -123,8 +123,9 @@ struct Scores {
   __device__ __forceinline__ void set(const Row& row, int c, float sum0, float sum1, const Latent (&of)[2],
                                       Best& best) const {
     const float score[2] = {sum0 + of[0].bias, sum1 + of[1].bias};
-    // With an odd last column the stride has room for one more.
-    if (row.is_there && of[0].is_there) *reinterpret_cast<float2*>(row.scores + c) = make_float2(score[0], score[1]);
+    // With an odd last column the stride has room for one more. An assignment would become two stores.
+    if (row.is_there && of[0].is_there)
+      __stwb(reinterpret_cast<float2*>(row.scores + c), make_float2(score[0], score[1]));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float most = score[i];

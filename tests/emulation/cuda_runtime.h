@@ -202,6 +202,7 @@ inline unsigned __match_any_sync(unsigned mask, unsigned value) {
 }
 
 inline void __stwb(uint4* address, uint4 value) { *address = value; }
+inline void __stwb(float2* address, float2 value) { *address = value; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
 inline float __uint_as_float(unsigned bits) {
