@@ -101,15 +101,20 @@ struct Scores {
   // in the next two, n counting by 8 columns.
   __device__ __forceinline__ void keep(const Row (&rows)[2], const Columns& columns, int first,
                                        const float* sums) const {
+    constexpr int kN = (1 << kGroupShift) / 8;
+    const auto column = [&](int n) { return first + n * 8 + lane_id() % 4 * 2; };
+    // All before the first store: no load may pass one, and each would be waited for.
+    Latent latents[kN][2];
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) latents[n][i] = latent(columns, column(n) + i);
     Best best[2];
 #pragma unroll
-    for (int n = 0; n < (1 << kGroupShift) / 8; ++n) {
-      const int c = first + n * 8 + lane_id() % 4 * 2;
-      const Latent latents[2] = {latent(columns, c), latent(columns, c + 1)};
+    for (int n = 0; n < kN; ++n)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        set(rows[half], c, sums[n * 4 + half * 2], sums[n * 4 + half * 2 + 1], latents, best[half]);
-    }
+        set(rows[half], column(n), sums[n * 4 + half * 2], sums[n * 4 + half * 2 + 1], latents[n], best[half]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) set_maxima(rows[half], columns, first, best[half]);
   }
