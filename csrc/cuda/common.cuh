@@ -144,15 +144,20 @@ inline bool is_aligned(DType dtype, Matrix m) { return is_aligned(m.data, m.cols
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// The most that a kernel whose dynamic shared memory depends on its arguments may take.
+constexpr int64_t kVaryingShared = 72 << 10;
+
 // Launches nothing where there are no blocks.
 template <class... Parameters, class... Arguments>
 int launch(Stream stream, void (*kernel)(Parameters...), int64_t blocks, int64_t blocks_y, int threads,
            int64_t shared_bytes, Arguments... arguments) {
   if (blocks == 0 || blocks_y == 0) return cudaSuccess;
   if (blocks > INT_MAX || blocks_y > 65535) return cudaErrorInvalidConfiguration;
-  // From 48 KB on it has to be asked for, and static arrays count too.
+  // From 48 KB on it has to be asked for, and static arrays count too. A kernel always asks for the same: between here
+  // and the launch another thread may ask for less.
   if (shared_bytes > 32 << 10)
-    if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)))
+    if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                               int(std::max(shared_bytes, kVaryingShared))))
       return error;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks), unsigned(blocks_y));

@@ -102,6 +102,7 @@ struct Unscreened {
 
 using ScreenScores = Scores<float, true>;
 constexpr int64_t screen_bytes(int64_t n_groups) { return n_groups * 12 + kCandidates * 12; }
+static_assert(screen_bytes(kMostGroups) <= kVaryingShared);
 
 template <bool Aligned>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)

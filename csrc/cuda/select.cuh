@@ -137,6 +137,7 @@ struct SelectShared {
 // Dynamic shared memory of a selection: the maxima, the groups that are read, the candidates.
 constexpr int kGroupShift = 5, kMostGroups = 4096, kCandidates = 2048;
 constexpr int64_t select_bytes(int64_t n_groups) { return n_groups * 8 + kCandidates * 8; }
+static_assert(select_bytes(kMostGroups) <= kVaryingShared);
 
 // The k best of a row of `cols` scores; groups have 2^shift columns. key(i) reads a score.
 template <class KeyAt, class Out>
