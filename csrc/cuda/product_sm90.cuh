@@ -28,7 +28,8 @@ template <class T, class Sink>
 __global__ void __launch_bounds__(kBlock, 1)
     product_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap W, int steps,
                    int64_t row_tiles, int64_t tiles, Sink sink) {
-// Other architectures have no such instructions, and are not given this kernel.
+// Other architectures have no such instructions, and are not given this kernel. Where both sm_90 and sm_90a are built
+// the driver chooses: should it take sm_90, this must not pass for a product.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   uint64_t* const filled = reinterpret_cast<uint64_t*>(shared_memory + kStages * kStageBytes);
   uint64_t* const emptied = filled + kStages;
@@ -85,6 +86,8 @@ __global__ void __launch_bounds__(kBlock, 1)
       for (int c = 0; c < kCols; c += 1 << kGroupShift) sink.keep(rows, columns, c, &sums[c / 2]);
     }
   }
+#else
+  __trap();
 #endif
 }
 
