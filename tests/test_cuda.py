@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,3 +214,10 @@ def test_without_a_device_it_says_why(monkeypatch):
     monkeypatch.setattr(cuda, "_DEVICE", "cpu")
     assert "not float64" in cuda.refuse("topk_select", torch.ones(2, dtype=torch.float64))
     assert cuda.refuse("topk_select", torch.ones(2, dtype=torch.float16)) is None
+
+
+def test_it_refuses_devices_older_than_its_instructions(monkeypatch):
+    tensor = SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float32)
+    for capability, refused in (((7, 5), True), ((8, 0), False), ((12, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert (cuda.refuse("topk_select", tensor) is not None) == refused

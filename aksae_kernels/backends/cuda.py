@@ -21,6 +21,7 @@ _PACKAGE = Path(__file__).parent.parent
 # Of the tensors it takes; the tests' emulation of CUDA takes those of the CPU.
 _DEVICE = "cuda"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST = (8, 0)
 
 
 def _binary() -> Path | None:
@@ -49,6 +50,8 @@ def refuse(op: str, tensor: Tensor) -> str | None:
         return f"it takes {_DEVICE} tensors, not {tensor.device.type}"
     if tensor.dtype not in _DTYPES:
         return f"it takes float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
+    if _DEVICE == "cuda" and torch.cuda.get_device_capability(tensor.device) < _OLDEST:
+        return "it takes GPUs of compute capability 8.0 or more"
     return None
 
 
