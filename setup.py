@@ -115,6 +115,9 @@ def gencode(architectures):
         parts = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
         if parts is None:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST must list numbers such as 9.0a or 10.0+PTX, got {name!r}")
+        if int(parts[1]) < 8:
+            # The kernels need instructions of 8.0; lists that serve older devices too should not cost the newer ones.
+            continue
         number = parts[1] + parts[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if parts[3]:

@@ -197,6 +197,7 @@ def test_the_build_says_what_it_is_for():
         "-gencode=arch=compute_100,code=sm_100",
         "-gencode=arch=compute_100,code=compute_100",
     ]
+    assert gencode("7.5 8.6") == ["-gencode=arch=compute_86,code=sm_86"]
     with pytest.raises(ValueError, match="Hopper"):
         gencode("8.0 Hopper")
 
