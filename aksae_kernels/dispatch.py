@@ -21,12 +21,13 @@ AUTO = "auto"
 # A backend is a module with one function per op, `unavailable()` and `refuse(op, tensor)`, each giving a sentence or
 # None, and `describe()`. It is imported when it is first considered.
 _MODULES = {
+    "cuda": "aksae_kernels.backends.cuda",
     "triton": "aksae_kernels.backends.triton",
     "cpu": "aksae_kernels.backends.native",
     "reference": "aksae_kernels.reference",
 }
 # By preference, per device type; other devices have the reference alone.
-_CANDIDATES = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+_CANDIDATES = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _FALLBACK = ("reference",)
 
 # Process-wide, like torch.set_num_threads. A plain global, because torch.compile guards on those: a compiled function
@@ -100,7 +101,7 @@ def choose(op: str, name: str, tensor: Tensor) -> tuple[str, dict[str, str]]:
 def kernel(op: str, name: str, tensor: Tensor) -> Callable[..., Any]:
     """The function that runs `op`; warns once where a missing binary makes `auto` fall back to the reference."""
     chosen, refusals = choose(op, name, tensor)
-    for candidate in refusals:
+    for candidate in refusals if chosen == "reference" else ():
         _warn_if_missing(candidate)
     return getattr(_load(chosen), op)
 

@@ -3,9 +3,12 @@
 
 #include <cstdint>
 
+// What a cudaStream_t points to.
+struct CUstream_st;
+
 namespace aksae {
 
-enum class DType : int { f32, f64, bf16 };
+enum class DType : int { f32, f64, bf16, f16 };
 
 // A row-major matrix whose rows are contiguous; stride is the distance of rows, 0 for a broadcast row.
 struct Matrix {
@@ -90,6 +93,36 @@ struct Cpu {
 
 // The best this machine runs. `wanted` (may be null) names another; an isa of null comes back where it is not there.
 Cpu find_cpu(const char* wanted);
+
+// The CUDA kernels take f32, bf16 and f16, and accumulate in fp32. A launch goes to `stream` of the current device,
+// synchronises nothing, and returns a cudaError_t (0: none). Codes are not checked. `workspace` is what the function of
+// that name says, in bytes, aligned to 16; kernels leave nothing in it.
+using Stream = CUstream_st*;
+
+// In words.
+const char* cuda_error(int error);
+
+// As the functions of CpuKernels.
+int launch_topk_select(Stream, DType, Matrix pre_acts, const int32_t* k, CodesOut);
+int64_t topk_encode_workspace(DType, Matrix x, Matrix W);
+int launch_topk_encode(Stream, DType, Matrix x, Matrix W, const void* b, const int32_t* k, CodesOut, void* workspace);
+int64_t batch_topk_workspace(int64_t rows);
+int launch_batch_topk_select(Stream, DType, Matrix pre_acts, int64_t budget, CodesOut, void* workspace);
+int launch_threshold_select(Stream, DType, Matrix pre_acts, const float* limit, CodesOut);
+
+int launch_sparse_decode(Stream, DType, Codes, Matrix W, const void* b, void* y);
+int launch_decode_mse(Stream, DType, Codes, Matrix W, const void* b, Matrix target, float* loss, float* residual,
+                      float* value_grad);
+// out is fp32 for every dtype.
+int launch_sparse_value_grad(Stream, DType, Codes pattern, Matrix grad, Matrix W, float* out);
+int64_t weight_grad_workspace(int64_t rows, int64_t width, int64_t d_sae);
+int launch_sparse_weight_grad(Stream, DType, Codes, Matrix dense, int64_t d_sae, void* grad, void* sums,
+                              void* workspace);
+int launch_scatter_codes(Stream, DType, Codes, int64_t d_sae, void* dense);
+
+// grad_scale is on the device, and AdamStep's is not read.
+int launch_adam_step(Stream, DType, int64_t rows, int64_t cols, void* param, const void* grad, float* exp_avg,
+                     float* exp_avg_sq, const float* grad_scale, AdamStep);
 
 // Position of the first bad row in codes: counts outside [0, width], or a live index outside [0, d_sae); else -1.
 int64_t first_bad_row(Codes, int64_t d_sae);

@@ -5,22 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 import aksae_kernels
+from aksae_kernels.backends import cuda
 
 ALL_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The C++ backend leaves fp16 to the reference.
 DTYPES = {"cpu": ("fp32", "fp64", "bf16"), "triton": ("fp32", "bf16", "fp16"), "cuda": ("fp32", "bf16", "fp16")}
 
+# The CUDA kernels compiled for the host (`tests/test_cuda.py` builds them): with it, the `cuda` backend on CPU tensors
+# is all that tests run on.
+EMULATED = os.environ.get("AKSAE_CUDA_EMULATION")
+if EMULATED:
+    cuda._DEVICE, cuda._binary = "cpu", lambda: Path(EMULATED)
+    assert cuda.unavailable() is None, cuda.unavailable()
 # In the interpreter's process only the Triton backend is tested: the others have theirs.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Rows of odd shapes. The interpreter takes 10 ms a row, and to it more rows are more of the same.
 MANY_ROWS = 37 if INTERPRETED else 257
-# Threads a result must not depend on; the interpreter has one.
-THREADS = (1,) if INTERPRETED else (1, 2, 3)
+# Threads a result must not depend on; these two do not use torch's.
+THREADS = (1,) if INTERPRETED or EMULATED else (1, 2, 3)
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -50,6 +58,10 @@ class Case:
 
 
 def _cases() -> Iterator:
+    if EMULATED:
+        for name in DTYPES["cuda"]:
+            yield pytest.param(Case("cuda", "cpu", ALL_DTYPES[name]), id=f"cuda-emulated-{name}")
+        return
     backends = aksae_kernels.available_backends()
     if INTERPRETED:
         for name in DTYPES["triton"]:
@@ -82,6 +94,20 @@ def _entered(case: Case) -> Iterator[Case]:
         torch.use_deterministic_algorithms(was)
 
 
+# What the contract asks of CPU tensors alone, by test.
+CPU_ONLY = {
+    "test_index_out_of_range_raises": "such an index is undefined on an accelerator",
+    "test_too_few_latents_raise": "such an index is undefined on an accelerator",
+    "test_count_out_of_range_raises": "such a count is undefined on an accelerator",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items if EMULATED else ():
+        if reason := CPU_ONLY.get(getattr(item, "originalname", "")):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     """Every backend on every device with every dtype it takes; the backend is in force during the test."""
@@ -100,7 +126,10 @@ def fp64(request: pytest.FixtureRequest) -> Iterator[Case]:
     yield from _entered(request.param)
 
 
-@pytest.fixture(params=[case for case in CASES if case.id in ("cpu-fp32", "reference-fp32", "triton-fp32")])
+CPU_TENSORS = ("cpu-fp32", "reference-fp32", "triton-fp32", "cuda-emulated-fp32")
+
+
+@pytest.fixture(params=[case for case in CASES if case.id in CPU_TENSORS])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend for CPU tensors, and nothing else set up."""
     with aksae_kernels.use_backend(request.param.backend):

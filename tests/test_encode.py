@@ -84,6 +84,12 @@ def test_accurate_where_all_roundings_go_one_way(case, d_in):
     check_codes(topk_encode(x, W_enc, k=64), scores, 64, tolerance=bound)
 
 
+def test_accurate_on_very_many_latents(fp32):
+    x, W_enc, b_enc = random_problem(fp32, 3, 2, 132_001)
+    k = torch.tensor([0, 5, 700], device=fp32.device)
+    check_encoded(topk_encode(x, W_enc, b_enc, k=k, k_max=700), x, W_enc, b_enc, k, 700)
+
+
 def test_accurate_where_terms_cancel(case):
     # Scores near 0 between terms near 100: a reduced-precision product would rank them at random.
     x, W_enc, b_enc = random_problem(case, 20, 65, 700)

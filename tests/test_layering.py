@@ -171,6 +171,7 @@ def test_kernels_know_nothing_of_torch(path):
 
 def test_there_is_something_to_check():
     assert len(kernel_modules()) > 5
+    assert {path.suffix for path in cpp_sources()} == {".h", ".cpp", ".cu", ".cuh"}
     assert any(path.name.startswith("bind_") for path in cpp_sources())
     names = {name for path in cpp_sources() for name in includes(path)}
     assert any(name.startswith("torch/csrc/stable/") for name in names)

@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from conftest import CASES
 from test_dispatch import isas, needs_cpu, run_python
 
 from aksae_kernels import available_backends, topk_encode, use_backend
@@ -175,3 +176,27 @@ def test_flushing_denormal_numbers_loses_no_winner():
     check_codes(codes, scores, 20, tolerance=bound + 100 * torch.finfo(torch.float32).smallest_normal)
     if torch.ops.aksae_cpu.isa() in BF16_UNITS:
         assert all(torch.equal(a[:10], b) for a, b in zip(bits(codes), bits(few), strict=True))
+
+
+# Backends that screen too, and say nothing of the bits of a call of few rows.
+OTHERS = [case for case in CASES if case.id.endswith("fp32") and case.values[0].backend not in ("cpu", "reference")]
+
+
+@pytest.mark.parametrize("fp32", OTHERS, indirect=True)
+@pytest.mark.parametrize("name", problems())
+def test_other_backends_encode_them(fp32, name):
+    x, W, b, k = (t.to(fp32.device) if isinstance(t, torch.Tensor) else t for t in problems()[name])
+    if name == "specials":
+        # With them the order of a sum says whether infinities meet.
+        x[7], W[400] = 1, 1
+    ragged = torch.arange(len(x), device=fp32.device) * 7 % (k + 1)
+    codes = topk_encode(x, W, b, k=ragged, k_max=k)
+    if name not in BEYOND_FP32:
+        scores, bound = encode_scores(x, W, b)
+        check_codes(codes, scores, ragged, k, tolerance=bound)
+        return
+    # Scores so far apart that the order of a sum decides nothing.
+    with use_backend("reference"):
+        expected = topk_encode(x, W, b, k=ragged, k_max=k)
+    assert torch.equal(codes.counts, expected.counts)
+    assert torch.equal(codes.indices, expected.indices)

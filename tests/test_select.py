@@ -68,6 +68,14 @@ def test_topk_adversarial_rows(case, name, d_sae):
     check_codes(topk_select(row, d_sae // 3), row, d_sae // 3)
 
 
+def test_topk_of_very_many_latents(fp32):
+    # Past 131072, and with a k of thousands, kernels leave the ways of ordinary rows.
+    rows = adversarial_rows(140_001, device=fp32.device)
+    pre_acts = torch.stack([rows[name] for name in ("normal", "few-levels", "one-block", "specials")])
+    k = torch.tensor([5000, 400, 3, 140_001], device=fp32.device)
+    check_codes(topk_select(pre_acts, k, 140_001), pre_acts, k, 140_001)
+
+
 def test_topk_ties_and_order_by_example(fp32):
     nan, inf = math.nan, math.inf
     row = torch.tensor([1.0, 2, 2, -0.0, 0, inf, -nan, 2, nan, -1, -inf], device=fp32.device)
