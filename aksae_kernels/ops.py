@@ -308,7 +308,7 @@ def topk_encode(
     below 2^-126 count as 0 there, as they do in torch's own bf16 products. `frozen` saves rounding W_enc in every call.
 
     Beside arguments and result it takes memory for a part of the scores: on `triton` one slab, 128 MB or what
-    AKSAE_SLAB_MB says; on `cuda` 512 MB at most (128 rows at least), and for fp32 bf16 copies of x and W_enc.
+    AKSAE_SLAB_MB says; on `cuda` 512 MB or the scores of 1024 rows, and for fp32 bf16 copies of x and W_enc.
 
     Args:
         x: `[..., D]`.

@@ -247,11 +247,16 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 
 // ------------------------------------------------------------------------------------------------------------ host
 
-// Scores of a chunk of rows take at most that many bytes, unless it is one tile of rows. Tests of small shapes take
-// less.
-#ifndef AKSAE_SCORE_BYTES
-#define AKSAE_SCORE_BYTES (int64_t(512) << 20)
+// Rows whose scores are held at a time: half a gigabyte of them, and 1024 at least, so that W, which every chunk reads,
+// is not read more often than its products take. Tests of small shapes set the number.
+int64_t chunk_rows(int64_t n_latents) {
+#ifdef AKSAE_CHUNK_ROWS
+  return AKSAE_CHUNK_ROWS;
+#else
+  const int64_t most = (int64_t(512) << 20) / (4 * std::max<int64_t>(1, n_latents));
+  return std::max<int64_t>(1024, most / sm80::kTile * sm80::kTile);
 #endif
+}
 
 struct EncodePlan {
   int64_t chunk, groups;                // rows; groups of a row
@@ -267,8 +272,7 @@ struct EncodePlan {
 EncodePlan encode_plan(DType dtype, Matrix x, Matrix W, void* workspace) {
   const bool screened = dtype == DType::f32;
   EncodePlan plan{};
-  const int64_t most = AKSAE_SCORE_BYTES / (4 * std::max<int64_t>(1, W.rows)) / sm80::kTile * sm80::kTile;
-  plan.chunk = std::min(x.rows, std::max<int64_t>(most, sm80::kTile));
+  plan.chunk = std::min(x.rows, chunk_rows(W.rows));
   plan.groups = ceil_div(W.rows, int64_t(1) << kGroupShift);
   plan.packed_stride = round_up(x.cols, 8);
   plan.score_stride = round_up(W.rows, 2);

@@ -34,7 +34,7 @@ def build(folder: Path, major: int = 8) -> Path:
             # nvcc knows these pragmas; g++ unrolls as it likes.
             source = ["-x", "c++", "-Wno-unknown-pragmas", "-include", str(HERE / "ptx.h")]
             # Chunks of one tile of rows.
-            source += ["-DAKSAE_SM90A", "-DAKSAE_SCORE_BYTES=1", str(ROOT / "csrc" / f"{name}.cu")]
+            source += ["-DAKSAE_SM90A", "-DAKSAE_CHUNK_ROWS=128", str(ROOT / "csrc" / f"{name}.cu")]
         target = folder / f"sm{major}0_{Path(name).name}.o"
         jobs.append(["g++", *FLAGS.split(), "-I", str(HERE), "-c", *source, "-o", str(target)])
     with ThreadPoolExecutor() as pool:
