@@ -60,6 +60,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, k_max
     screened = x.dtype == torch.float32 and listed < n_latents // 2 and depth <= _SCREEN_DEPTH
     capacity = listed if screened else list_capacity(k_max, block, n_latents)
     config = tuning.slab(n_rows, n_latents, depth if screened else 0, capacity)
+    assert tuning.select(config.latents)["BLOCK"] == block, "lists are made for one BLOCK of all that `select` gives"
     weight = prepared(W_enc, lambda weight: _Rounded(rows(weight))) if screened else None
     for first in range(0, n_rows, config.rows):
         part = slice(first, first + config.rows)
