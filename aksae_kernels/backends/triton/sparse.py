@@ -286,6 +286,29 @@ def piece_products(index, live, W_ptr, stride_W, column, inside, vector):
     return piece.to(tl.float32) * vector[None, :]
 
 
+@triton.jit
+def decoded(
+    values_ptr,
+    indices_ptr,
+    count,
+    W_ptr,
+    stride_W,
+    bias_ptr,
+    column,
+    inside,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One slice of a decoded row, in fp32."""
+    y = gather_sum(
+        values_ptr, indices_ptr, 0, count, 0, W_ptr, stride_W, column, inside, False, BLOCK_K=BLOCK_K, BLOCK_D=BLOCK_D
+    )
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    return y
+
+
 @triton.jit(do_not_specialize=["width"])
 def _decode_kernel(
     values_ptr,
@@ -306,22 +329,19 @@ def _decode_kernel(
     inside = column < d_in
     slots = row * width
     count = tl.load(counts_ptr + row)
-    y = gather_sum(
+    y = decoded(
         values_ptr + slots,
         indices_ptr + slots,
-        0,
         count,
-        width,
         W_ptr,
         stride_W,
+        bias_ptr,
         column,
         inside,
-        TRANSPOSED=False,
-        BLOCK_K=BLOCK_K,
-        BLOCK_D=BLOCK_D,
+        HAS_BIAS,
+        BLOCK_K,
+        BLOCK_D,
     )
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * d_in + column, narrow(y, y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -353,22 +373,19 @@ def _decode_mse_kernel(
     inside = column < d_in
     slots = row * width
     count = tl.load(counts_ptr + row)
-    error = gather_sum(
+    error = decoded(
         values_ptr + slots,
         indices_ptr + slots,
-        0,
         count,
-        width,
         W_ptr,
         stride_W,
+        bias_ptr,
         column,
         inside,
-        TRANSPOSED=False,
-        BLOCK_K=BLOCK_K,
-        BLOCK_D=BLOCK_D,
+        HAS_BIAS,
+        BLOCK_K,
+        BLOCK_D,
     )
-    if HAS_BIAS:
-        error += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     error -= tl.load(target_ptr + row * stride_target + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(loss_ptr + row, tl.load(loss_ptr + row) + tl.sum(error * error, 0))
     if RESIDUAL:
