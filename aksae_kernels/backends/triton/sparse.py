@@ -215,7 +215,7 @@ def by_latent(indices: Tensor, counts: Tensor, d_sae: int) -> tuple[Tensor, Tens
         order,
         BLOCK=_ORDERED,
         OTHERS=32,
-        num_warps=4,
+        num_warps=8,
     )
     return order, offsets, hits
 
