@@ -28,14 +28,12 @@ from triton.runtime.jit import JITFunction
 
 from aksae_kernels.backends import triton as backend
 
+from .gpu.targets import SHAPES as REFERENCE
+from .gpu.targets import UNIFORM
 from .problem import Shape
 
-# Of kernels.md, with their k.
-SHAPES = {
-    "S1": (Shape(8192, 768, 24576), 64),
-    "S2": (Shape(8192, 2304, 65536), 80),
-    "S3": (Shape(8192, 4096, 131072), 128),
-    "S4": (Shape(4096, 5120, 524288), 128),
+# With their k.
+SHAPES = {name: (shape, int(UNIFORM[name])) for name, shape in REFERENCE.items()} | {
     "odd": (Shape(1001, 33, 4099), 7),
     "one": (Shape(1, 1, 1), 1),
 }
@@ -53,7 +51,6 @@ _NAMES = {
     torch.float16: "fp16",
     torch.int64: "i64",
     torch.int32: "i32",
-    torch.int16: "i16",
 }
 
 

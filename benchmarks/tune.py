@@ -21,11 +21,13 @@ import aksae_kernels as ak
 from aksae_kernels.backends.triton import tuning
 from aksae_kernels.backends.triton.tuning import Config
 
+from .gpu.targets import SHAPES as REFERENCE
+from .gpu.targets import SPREAD
 from .problem import Problem, Shape
 from .report import write_json
 from .timing import clock_of, interleaved, quantiles
 
-SHAPES = (Shape(8192, 768, 24576), Shape(8192, 2304, 65536), Shape(8192, 4096, 131072))
+SHAPES = [REFERENCE[name] for name in ("S1", "S2", "S3")]
 WARPS = (1, 2, 4, 8)
 # Sizes to try for each constant. Lists of candidates are made for the one BLOCK of `select`; the configurations of
 # `exact` and `rounding` matter to rare or short kernels.
@@ -115,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tried: set[str] = set()
     found: dict[str, dict] = {}
     for shape in [Shape(*shape) for shape in options.shape] if options.shape else SHAPES:
-        problem = Problem(shape, "20..320", device, torch.bfloat16)
+        problem = Problem(shape, SPREAD, device, torch.bfloat16)
         with ak.use_backend("triton"):
             calls = workloads(problem)
             for family in options.families:

@@ -28,7 +28,7 @@ from ...kept import prepared
 from ...operands import empty_codes, exact_product, rows, vector
 from . import tuning
 from .launch import launch, on_device_of_first
-from .offer import offer_row
+from .offer import NEAR_OVERFLOW, offer_row
 from .ordering import FAILED, to_key, write_best
 from .rounding import narrow, widen
 from .select import list_capacity, select_rows
@@ -38,7 +38,6 @@ from .sparse import gather_dots
 _SUM_LOSS = tl.constexpr(2.0**-22)
 _UNDERFLOW = tl.constexpr(2.0**-120)
 _EXTRA_TERMS = tl.constexpr(32)
-_NEAR_OVERFLOW = tl.constexpr(2.0**126)
 # Norms are taken in fp32: what their own roundings may have lost of them, and of squares below the smallest number.
 _NORM_MARGIN = tl.constexpr(1 + 2.0**-10)
 _NORM_FLOOR = tl.constexpr(2.0**-53)
@@ -326,7 +325,7 @@ def _offer_kernel(
         residual_slope = norm + residual
         # Nothing underflows in a row of zeros.
         floor = tl.where(norm > 0, terms * _UNDERFLOW, 0.0)
-        if ~(slope + residual_slope < _NEAR_OVERFLOW):
+        if ~(slope + residual_slope < NEAR_OVERFLOW):
             bar = FAILED
     if (k > 0) & (bar < FAILED):
         count, bar = offer_row(

@@ -19,7 +19,7 @@ from .ordering import FAILED, compact, compact_bounds, first_of_ties, kth_key, p
 
 # The constants of the bound; see topk_encode.
 _BIAS_LOSS = tl.constexpr(2.0**-20)
-_NEAR_OVERFLOW = tl.constexpr(2.0**126)
+NEAR_OVERFLOW = tl.constexpr(2.0**126)
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def score_keys(
         if HAS_BIAS:
             error += _BIAS_LOSS * tl.abs(bias)
         # What is not finite, or so large that the fp32 product may not be, is a candidate that excludes nothing.
-        known = tl.abs(score) + error < _NEAR_OVERFLOW
+        known = tl.abs(score) + error < NEAR_OVERFLOW
         lower = tl.where(known, to_key(score - error), 0)
         upper = tl.where(inside, tl.where(known, to_key(score + error), FAILED - 1), 0)
     return lower, upper
