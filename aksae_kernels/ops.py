@@ -12,8 +12,8 @@ Rules common to all of them:
 * Sums are held in fp32 (fp64 for fp64) and rounded once; a selection ranks the unrounded scores.
 * Leading dimensions are kept: `x [..., D]` gives `values [..., K]`, with `K = min(k_max, F)`. Any of them may be 0.
 * All floating arguments of a call share one dtype and one device. Under autocast the products
-  (`topk_encode`, `sparse_decode`, `decode_mse`, `sparse_value_grad`, `sparse_weight_grad`) cast to the autocast dtype
-  first, as `torch.nn.functional.linear` does; the selections keep the dtype they are given.
+  (`topk_encode`, `sparse_encode`, `sparse_decode`, `decode_mse`, `sparse_value_grad`, `sparse_weight_grad`) cast to
+  the autocast dtype first, as `torch.nn.functional.linear` does; the selections keep the dtype they are given.
 * Results repeat bit by bit on one machine, and no selection depends on the number of threads.
 * Gradients are first-order and reverse-mode: a double backward raises, and forward-mode AD is not supported.
 * No call synchronises an accelerator with the host, and every shape follows from the arguments' shapes.
@@ -68,6 +68,8 @@ _define(
 # The same product as the gradient of an encode's input: without a derivative of its own.
 _define("sparse_input_grad", f"{_CODES}, Tensor W_enc, Tensor? b", "Tensor", kernel="sparse_decode")
 _define("sparse_value_grad", "Tensor grad, Tensor indices, Tensor counts, Tensor W", "Tensor")
+# The same product as an encoder at given latents: with the derivative that a gradient must not have.
+_define("sparse_encode", "Tensor x, Tensor indices, Tensor counts, Tensor W_enc", "Tensor", kernel="sparse_value_grad")
 _define("sparse_weight_grad", f"{_CODES}, Tensor dense, SymInt d_sae, bool sums", "(Tensor grad, Tensor sums)")
 _define("scatter_codes", f"{_CODES}, SymInt d_sae", "Tensor")
 _define(
@@ -129,6 +131,7 @@ def _(values, indices, counts, W_dec, b_dec, target, residual, value_grad, backe
     )
 
 
+@_fake("sparse_encode")
 @_fake("sparse_value_grad")
 def _(grad, indices, counts, W, backend):
     return grad.new_empty(indices.shape)
@@ -181,8 +184,12 @@ def _encode_setup(ctx, inputs, output):
 
 
 def _encode_backward(ctx, grad_values, *_):
+    grad_x, grad_W, grad_b = _encoder_gradients(ctx, grad_values, *ctx.needs_input_grad[:3])
+    return grad_x, grad_W, grad_b, None, None, None
+
+
+def _encoder_gradients(ctx, grad_values, wants_x, wants_W, wants_b):
     indices, counts, x, W_enc = ctx.saved_tensors
-    wants_x, wants_W, wants_b = ctx.needs_input_grad[:3]
     codes = (grad_values, indices, counts)
     grad_x = torch.ops.aksae.sparse_input_grad(*codes, W_enc, None, ctx.backend) if wants_x else None
     grad_W = grad_b = None
@@ -190,10 +197,26 @@ def _encode_backward(ctx, grad_values, *_):
         # Without W_enc's gradient the sums alone are wanted: a product of width 0.
         dense = x if wants_W else x[:, :0]
         grad_W, grad_b = torch.ops.aksae.sparse_weight_grad(*codes, dense, ctx.d_sae, wants_b, ctx.backend)
-    return grad_x, grad_W if wants_W else None, grad_b if wants_b else None, None, None, None
+    return grad_x, grad_W if wants_W else None, grad_b if wants_b else None
 
 
 _gradient("topk_encode", _encode_setup, _encode_backward)
+
+
+def _sparse_encode_setup(ctx, inputs, output):
+    x, indices, counts, W_enc, ctx.backend = inputs
+    wants_x, _, _, wants_W = ctx.needs_input_grad[:4]
+    ctx.d_sae = W_enc.shape[0]
+    ctx.save_for_backward(indices, counts, x if wants_W else None, W_enc if wants_x else None)
+
+
+def _sparse_encode_backward(ctx, grad_values):
+    wants_x, _, _, wants_W = ctx.needs_input_grad[:4]
+    grad_x, grad_W, _ = _encoder_gradients(ctx, grad_values, wants_x, wants_W, False)
+    return grad_x, None, None, grad_W, None
+
+
+_gradient("sparse_encode", _sparse_encode_setup, _sparse_encode_backward)
 
 
 def _decode_setup(ctx, inputs, output):
@@ -335,6 +358,26 @@ def topk_encode(
     return _codes(out, lead)
 
 
+def sparse_encode(codes: SparseCodes, x: Tensor, W_enc: Tensor) -> Tensor:
+    """`out[b, j] = <x[b], W_enc[indices[b, j]]>` (SDDMM): the scores of given latents, without bias, `[..., K]`.
+
+    For a selection that was made by other scores than those it is to be trained by: scaled by decoder norms, the best
+    of a batch, near a threshold. Cost and gradients follow `sum(counts)`, as those of `topk_encode` do.
+
+    Args:
+        codes: only `indices` and `counts` are read.
+        x: `[..., D]`, any strides.
+        W_enc: `[F, D]`, one row per latent.
+
+    Returns:
+        `[..., K]`, 0 in the slots past `counts`, whatever the sign elsewhere. Gradients reach `x` and `W_enc`.
+
+    Raises:
+        As `sparse_decode`.
+    """
+    return _sampled(torch.ops.aksae.sparse_encode, codes, x=x, W_enc=W_enc)
+
+
 def batch_topk_select(pre_acts: Tensor, budget: int, k_max: int | None = None) -> SparseCodes:
     """Keep the `budget` largest positive entries of the whole batch (BatchTopK, arXiv 2412.06410).
 
@@ -459,14 +502,7 @@ def sparse_value_grad(grad: Tensor, codes: SparseCodes, W: Tensor) -> Tensor:
     Raises:
         As `sparse_decode`.
     """
-    _require_codes(codes)
-    grad, W = _autocast(grad, W)
-    lead, (_, indices, counts) = _flat_codes(codes, codes.values)
-    _require_decoder(W, None, "W")
-    _require_shape("grad", grad, (*lead, W.shape[1]), "[..., D], with the leading shape of codes")
-    _require_alike(grad=grad, W=W, indices=indices)
-    out = torch.ops.aksae.sparse_value_grad(_rows(grad), indices, counts, W, dispatch.requested())
-    return out.view(*lead, indices.shape[1])
+    return _sampled(torch.ops.aksae.sparse_value_grad, codes, grad=grad, W=W)
 
 
 def sparse_weight_grad(codes: SparseCodes, dense: Tensor, d_sae: int) -> Tensor:
@@ -520,6 +556,9 @@ def adam_step(
     """
     if grad_scale is None:
         grad_scale = torch.ones((), dtype=exp_avg.dtype, device=param.device)
+    if param.ndim == 2 and not (unit_norm_rows or lazy) and not param.is_contiguous():
+        # Kept transposed: kernels see a contiguous matrix, and which dimension is which does not matter here.
+        param, grad, exp_avg, exp_avg_sq = param.T, grad.T, exp_avg.T, exp_avg_sq.T
     # Kernels see a contiguous matrix; without the constraint the shape is of no account.
     shape = (math.prod(param.shape[:-1]), param.shape[-1] if param.ndim else 1)
     state = (param, exp_avg, exp_avg_sq)
@@ -567,6 +606,7 @@ _EXPLAINED = (
     "threshold_select",
     "sparse_decode",
     "decode_mse",
+    "sparse_encode",
     "sparse_value_grad",
     "sparse_weight_grad",
 )
@@ -578,6 +618,18 @@ def _codes(out: tuple[Tensor, Tensor, Tensor], lead: tuple[int, ...]) -> SparseC
     values, indices, counts = out
     width = values.shape[1]
     return SparseCodes(values.view(*lead, width), indices.view(*lead, width), counts.view(lead))
+
+
+def _sampled(op: Callable, codes: SparseCodes, **operands: Tensor) -> Tensor:
+    """`op` at the places of `codes`, of a dense `[..., D]` and a weight `[F, D]`: the operands, under their names."""
+    _require_codes(codes)
+    (dense_name, dense), (weight_name, W) = operands.items()
+    dense, W = _autocast(dense, W)
+    lead, (_, indices, counts) = _flat_codes(codes, codes.values)
+    _require_decoder(W, None, weight_name)
+    _require_shape(dense_name, dense, (*lead, W.shape[1]), "[..., D], with the leading shape of codes")
+    _require_alike(**{dense_name: dense, weight_name: W}, indices=indices)
+    return op(_rows(dense), indices, counts, W, dispatch.requested()).view(*lead, indices.shape[1])
 
 
 def _lead(name: str, tensor: Tensor) -> tuple[tuple[int, ...], int]:

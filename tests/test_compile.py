@@ -16,6 +16,7 @@ from aksae_kernels import (
     batch_topk_select,
     decode_mse,
     sparse_decode,
+    sparse_encode,
     sparse_value_grad,
     sparse_weight_grad,
     threshold_select,
@@ -64,6 +65,7 @@ def samples(case) -> dict[str, list[tuple]]:
             (plain["values"], indices, counts, plain["W"], None, plain["target"], True, True),
             (plain["values"], indices, counts, plain["W"], None, plain["target"], False, False),
         ],
+        "sparse_encode": [(x, indices, counts, W), (x.detach(), indices, counts, W)],
         "sparse_value_grad": [(plain["target"], indices, counts, plain["W"])],
         "sparse_weight_grad": [
             (plain["values"], indices, counts, plain["target"], 20, True),
@@ -118,6 +120,7 @@ def calls(lead: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> dic
         "threshold_select per latent": lambda: threshold_select(randn(*lead, 20), randn(20), 30),
         "sparse_decode": lambda: sparse_decode(codes, randn(20, 7), randn(7)),
         "decode_mse": lambda: decode_mse(codes, randn(20, 7), randn(7), randn(*lead, 7)),
+        "sparse_encode": lambda: sparse_encode(codes, randn(*lead, 7), randn(20, 7)),
         "sparse_value_grad": lambda: sparse_value_grad(randn(*lead, 7), codes, randn(20, 7)),
         "sparse_weight_grad": lambda: sparse_weight_grad(codes, randn(*lead, 7), 20),
         "to_dense": lambda: codes.to_dense(20),

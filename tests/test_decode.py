@@ -1,4 +1,4 @@
-"""Sparse products: sparse_decode, decode_mse, and the two gradients sparse_value_grad and sparse_weight_grad."""
+"""Sparse products: sparse_decode, decode_mse, sparse_encode, and the two gradients of sparse_decode."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import pytest
 import torch
 from conftest import MANY_ROWS, THREADS
 
-from aksae_kernels import SparseCodes, decode_mse, sparse_decode, sparse_value_grad, sparse_weight_grad
+from aksae_kernels import (
+    SparseCodes,
+    decode_mse,
+    sparse_decode,
+    sparse_encode,
+    sparse_value_grad,
+    sparse_weight_grad,
+    topk_encode,
+)
 from aksae_kernels.codes import live_slots
 from aksae_kernels.testing import INT_MIN, dense_codes, error_ratio, poison_padding, random_codes
 
@@ -94,6 +102,7 @@ def test_value_grad_exact_on_integers(case, lead, width, d_sae, d_in, by_hand):
     expected = value_grad_oracle(grad, codes, W).to(case.dtype)
     for poisoned in (codes, poison_padding(codes)):
         assert torch.equal(sparse_value_grad(grad, poisoned, W), expected)
+        assert torch.equal(sparse_encode(poisoned, grad, W), expected)
 
 
 @shapes
@@ -141,6 +150,17 @@ def test_decode_mse_gradients_exact_on_integers(case, lead, width, d_sae, d_in, 
     assert torch.equal(W_dec.grad, (rows_of(dense).T @ rows_of(grad)).to(case.dtype))
     assert torch.equal(b_dec.grad, rows_of(grad).sum(0).to(case.dtype))
     assert torch.equal(target.grad, -grad.to(case.dtype))
+
+
+@shapes
+@by_hand
+def test_sparse_encode_gradients_exact_on_integers(case, lead, width, d_sae, d_in, by_hand):
+    codes = random_codes(lead, width, d_sae, dtype=case.dtype, device=case.device, integers=True, by_hand=by_hand)
+    W, x = case.integers(d_sae, d_in, seed=1).requires_grad_(), case.integers(*lead, d_in, seed=2).requires_grad_()
+    sparse_encode(poison_padding(codes), x, W).backward(poison_padding(codes).values)
+    dense = rows_of(dense_codes(codes, d_sae))
+    assert torch.equal(rows_of(x.grad), (dense @ W.detach().double()).to(case.dtype))
+    assert torch.equal(W.grad, (dense.T @ rows_of(x.detach()).double()).to(case.dtype))
 
 
 # ----------------------------------------------------------------------------------------- error of real sums
@@ -242,6 +262,8 @@ def test_sums_are_not_held_in_16_bits(case):
 @by_hand
 def test_gradcheck(fp64, by_hand):
     codes, W, b, target = problem(fp64, (2, 3), 4, 9, 5, by_hand=by_hand)
+    leaves = [t.detach().requires_grad_() for t in (target, W)]
+    assert torch.autograd.gradcheck(lambda x, W: sparse_encode(codes, x, W), leaves)
     leaves = [t.requires_grad_() for t in (codes.values, W.detach(), b, target)]
     assert torch.autograd.gradcheck(lambda v, W, b: sparse_decode(codes._replace(values=v), W, b), leaves[:3])
     assert torch.autograd.gradcheck(lambda v, W, b, t: decode_mse(codes._replace(values=v), W, b, t), leaves)
@@ -470,6 +492,24 @@ def test_gradient_ops_have_no_silent_gradient(fp32):
         sparse_weight_grad(codes, target, 30).sum().backward()
 
 
+def test_sparse_encode_has_one_derivative(fp32):
+    codes, W, _, x = problem(fp32, (7,), 5, 30, 11)
+    x, W = x.requires_grad_(), W.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(sparse_encode(codes, x, W).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        (grad.square().sum() + x.sum() + W.sum()).backward()
+
+
+def test_sparse_encode_is_topk_encode_at_its_latents(fp32):
+    x, W = fp32.randn(7, 11).requires_grad_(), fp32.randn(30, 11, seed=1).requires_grad_()
+    codes = topk_encode(x, W, k=5)
+    again = sparse_encode(codes, x, W)
+    torch.testing.assert_close(again, codes.values)
+    upstream = fp32.randn(7, 5, seed=2)
+    for a, b in zip(*(torch.autograd.grad(out, (x, W), upstream) for out in (again, codes.values)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_grad_under_no_grad(fp32):
     codes, W, b, target = problem(fp32, (7,), 5, 30, 11)
     W = W.detach().requires_grad_()
@@ -583,6 +623,8 @@ WRONG = {
     "mse: target is one row": ("target", ValueError, lambda: decode_mse(CODES, W, B, torch.ones(4))),
     "mse: target has another dtype": ("target", TypeError, lambda: decode_mse(CODES, W, B, Y.double())),
     "mse: target is elsewhere": ("target", ValueError, lambda: decode_mse(CODES, W, B, Y.to("meta"))),
+    "sparse encode: x has another shape": ("x", ValueError, lambda: sparse_encode(CODES, torch.ones(3, 4), W)),
+    "sparse encode: W_enc has another dtype": ("W_enc", TypeError, lambda: sparse_encode(CODES, Y, W.half())),
     "value grad: grad is a list": ("grad", TypeError, lambda: sparse_value_grad([1.0], CODES, W)),
     "value grad: grad has another shape": ("grad", ValueError, lambda: sparse_value_grad(torch.ones(3, 4), CODES, W)),
     "value grad: W has another dtype": ("W", TypeError, lambda: sparse_value_grad(Y, CODES, W.half())),

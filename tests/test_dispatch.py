@@ -22,6 +22,7 @@ from aksae_kernels import (
     decode_mse,
     explain,
     sparse_decode,
+    sparse_encode,
     sparse_value_grad,
     sparse_weight_grad,
     threshold_select,
@@ -77,6 +78,7 @@ def every_call(dtype=torch.float32) -> dict:
         "threshold_select": (threshold_select, (x, 0.5), {}),
         "sparse_decode": (sparse_decode, (codes, W), {}),
         "decode_mse": (decode_mse, (codes, W, None, x), {}),
+        "sparse_encode": (sparse_encode, (codes, x, W), {}),
         "sparse_value_grad": (sparse_value_grad, (x, codes, W), {}),
         "sparse_weight_grad": (sparse_weight_grad, (codes, x, 30), {}),
     }

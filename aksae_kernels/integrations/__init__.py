@@ -1,0 +1,117 @@
+"""`accelerate(obj)`: the sparse autoencoders and trainers of other codebases, on the kernels of this one."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+from .accelerated import Accelerated
+
+__all__ = ["accelerate", "deaccelerate"]
+
+
+class _Host(NamedTuple):
+    """A codebase: its distribution at PyPI, the version the parity tests ran with, and what of it is accelerated."""
+
+    distribution: str
+    tested: str
+    supported: str
+
+
+# By the package its classes live in. The module of that name here imports it, and is itself imported only for an object
+# of that package.
+_HOSTS = {
+    "sparsify": _Host("eai-sparsify", "1.3.3", "SparseCoder, Trainer"),
+    "sae_lens": _Host(
+        "sae-lens",
+        "6.54.12",
+        "TopKSAE, JumpReLUSAE, TopKTrainingSAE, BatchTopKTrainingSAE, JumpReLUTrainingSAE, SAETrainer",
+    ),
+    "dictionary_learning": _Host(
+        "dictionary-learning",
+        "0.1.0",
+        "AutoEncoderTopK, BatchTopKSAE, JumpReluAutoEncoder, TopKTrainer, BatchTopKTrainer, JumpReluTrainer",
+    ),
+    "overcomplete": _Host("overcomplete", "0.3.0", "TopKSAE"),
+    "llamascopium": _Host("llamascopium", "2.0.0b34", "SparseAutoEncoder with act_fn 'topk', Trainer"),
+}
+_warned: set[str] = set()
+
+
+def accelerate(obj: Any) -> Any:
+    """Make an SAE of another codebase, or a trainer with the SAEs in it, run on these kernels: in place, and returned.
+
+    The object keeps its identity, its parameters, its `state_dict` keys and the files it writes; its class becomes a
+    subclass of the one it had. Outputs, losses and gradients are the host's, to rounding, by the host's own rules (its
+    module here names each of them); where the host is wrong, they are right. An SAE that is accelerated already is
+    left as it is. Encoder weights that the host keeps as `[D, F]` are laid out by latent in memory, behind the same
+    shape; `state_dict()` hands out contiguous copies of them.
+
+    Args:
+        obj: an instance of one of the classes listed in the README, not of a subclass of somebody's own: what that
+            overrides would be lost.
+
+    Raises:
+        TypeError: the object is of none of those classes; the message lists them.
+        ValueError: it is, but is configured for something the kernels do not do; the message says what.
+
+    Warns once for each host whose installed version is not the tested one.
+    """
+    if isinstance(obj, Accelerated):
+        return obj
+    host = _host_of(obj)
+    fast = None if host is None else _classes(host).get(type(obj))
+    if fast is None:
+        supported = "; ".join(f"{name}: {known.supported}" for name, known in _HOSTS.items())
+        raise TypeError(
+            f"obj must be an object of a class that can be accelerated, got {_name(type(obj))}; there are {supported}"
+        )
+    reason = fast.refusal(obj)
+    if reason is not None:
+        raise ValueError(f"obj must be something the kernels can do, got a {_name(type(obj))} with {reason}")
+    _warn_untested(host)
+    obj.__class__ = fast
+    obj._attach()
+    return obj
+
+
+def deaccelerate(obj: Any) -> Any:
+    """Undo `accelerate`, in place: the object's class and the layout of its weights are the host's again; returned.
+
+    An object that is not accelerated is left as it is. Raises nothing.
+    """
+    if isinstance(obj, Accelerated):
+        obj._detach()
+        obj.__class__ = type(obj).host_class
+    return obj
+
+
+def _host_of(obj: Any) -> str | None:
+    """The package of the most derived class of the object that is a host's."""
+    packages = (base.__module__.partition(".")[0] for base in type(obj).__mro__)
+    return next((package for package in packages if package in _HOSTS), None)
+
+
+def _classes(host: str) -> dict[type, type[Accelerated]]:
+    """The accelerated class for each class of the host."""
+    module = importlib.import_module(f".{host}", __name__)
+    found = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Accelerated))
+    return {fast.host_class: fast for fast in found if fast is not Accelerated}
+
+
+def _warn_untested(host: str) -> None:
+    try:
+        installed = version(_HOSTS[host].distribution)
+    except PackageNotFoundError:  # a checkout on the path
+        installed = "of unknown version"
+    if host not in _warned and installed != _HOSTS[host].tested:
+        _warned.add(host)
+        warnings.warn(
+            f"{_HOSTS[host].distribution} is {installed}; accelerate is tested with {_HOSTS[host].tested}", stacklevel=3
+        )
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

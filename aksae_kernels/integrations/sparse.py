@@ -1,0 +1,110 @@
+"""Codes in the forms that hosts want, and selections that hosts make and the ops alone do not."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import SparseCodes, batch_topk_select, sparse_encode, threshold_select, topk_encode
+
+
+def live(codes: SparseCodes) -> Tensor:
+    """`[..., K]` bool: True before a row's count."""
+    return torch.arange(codes.indices.shape[-1], device=codes.counts.device) < codes.counts.unsqueeze(-1)
+
+
+def at(vector: Tensor, codes: SparseCodes) -> Tensor:
+    """`vector[indices]`, `[..., K]`, of a `vector [F]`; 0 past the counts. Gradients reach `vector`."""
+    mask = live(codes)
+    return torch.where(mask, vector[codes.indices.where(mask, 0).long()], 0)
+
+
+def encode_at(codes: SparseCodes, x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> SparseCodes:
+    """The latents of `codes` with their pre-activations `<x, W_enc[f]> + b_enc[f]` for values, and its gradients."""
+    scores = sparse_encode(codes, x, W_enc)
+    return codes._replace(values=scores if b_enc is None else scores + at(b_enc, codes))
+
+
+def scaled_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor, k: int) -> SparseCodes:
+    """The k latents largest in `scale[f] (<x, W_enc[f]> + b_enc[f])` and positive, with the unscaled scores as values.
+
+    `scale [F]`, not negative: the norms of decoder rows. No gradient flows to it, nor does one where a host multiplies
+    the scores by norms and the decoder rows by their inverse.
+    """
+    with torch.no_grad():
+        chosen = topk_encode(x, W_enc * scale.unsqueeze(1), b_enc * scale, k=k)
+    return encode_at(chosen, x, W_enc, b_enc)
+
+
+def batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, budget: int, scale: Tensor | None = None) -> SparseCodes:
+    """The `budget` best latents of the whole batch `x [..., D]`, ranked by `scale[f]` times the score if given.
+
+    Values are the unscaled scores, with their gradients. The width of the codes is that of the longest row, which costs
+    an accelerator a wait for the host, as does the top-k over the batch that it stands in for.
+    """
+    with torch.no_grad():
+        scores = F.linear(x, W_enc, b_enc)
+        if scale is not None:
+            scores *= scale
+        chosen = _best_of_batch(scores, budget)
+    return encode_at(chosen, x, W_enc, b_enc)
+
+
+def above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseCodes:
+    """The latents whose score is `> 0` and above `threshold` (`[]` or `[F]`), with scores and gradients as values.
+
+    The width of the codes is that of the longest row, as in `batch_topk`.
+    """
+    with torch.no_grad():
+        scores = F.linear(x, W_enc, b_enc)
+        width = int((scores > threshold.clamp(min=0)).sum(-1).max()) if scores.numel() else 0
+        # NaN is selected too, and may make a row longer.
+        width = scores.shape[-1] if scores.isnan().any() else width
+        chosen = threshold_select(scores, threshold.to(scores.dtype), width)
+    return encode_at(chosen, x, W_enc, b_enc)
+
+
+def padded(codes: SparseCodes) -> tuple[Tensor, Tensor]:
+    """Activations `[..., K]` and indices `[..., K]` int64, as hosts with one k for all rows have them.
+
+    Slots past a row's count hold activation 0 and a latent that fired in the row, or where none did, one that fired in
+    another row: a host that counts every index as fired then counts none that did not, as long as any did (else
+    latent 0).
+    """
+    mask = live(codes)
+    indices = codes.indices.where(mask, 0).long()
+    values = codes.values.where(mask, 0)
+    if indices.shape[-1]:
+        somewhere = indices.flatten()[mask.flatten().int().argmax()] if indices.numel() else 0
+        spare = torch.where(codes.counts > 0, indices[..., 0], somewhere).unsqueeze(-1)
+        indices = indices.where(mask, spare)
+    return values, indices
+
+
+def to_coo(codes: SparseCodes, d_sae: int) -> Tensor:
+    """The codes as a coalesced `torch.sparse_coo_tensor` `[..., d_sae]` with the gradient of `values`.
+
+    Its number of entries is data: an accelerator waits for the host.
+    """
+    mask = live(codes)
+    where = torch.cat([mask.nonzero()[:, :-1], codes.indices[mask].long().unsqueeze(1)], 1).T
+    return torch.sparse_coo_tensor(
+        where, codes.values[mask], (*codes.counts.shape, d_sae), is_coalesced=True, check_invariants=False
+    )
+
+
+def _best_of_batch(scores: Tensor, budget: int) -> SparseCodes:
+    """`batch_topk_select`, no wider than the longest row needs."""
+    rows = max(1, scores[..., 0].numel())
+    codes = None
+    if scores.device.type == "cpu":
+        # Wide enough for all but odd batches; codes of width F are as large as the scores.
+        with contextlib.suppress(ValueError):
+            codes = batch_topk_select(scores, budget, 8 * math.ceil(budget / rows))
+    codes = batch_topk_select(scores, budget) if codes is None else codes
+    width = int(codes.counts.max()) if codes.counts.numel() else 0
+    return SparseCodes(codes.values[..., :width].contiguous(), codes.indices[..., :width].contiguous(), codes.counts)
