@@ -1,0 +1,325 @@
+"""The frame of `accelerate`, without any host: refusals, layouts, codes in the forms of hosts, the optimizer.
+
+Hosts themselves are in `tests/compat`, which needs them installed.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+
+import pytest
+import torch
+from test_dispatch import run_python
+from torch import nn
+
+from aksae_kernels import SparseCodes, integrations, topk_encode
+from aksae_kernels.integrations import accelerate, deaccelerate, sparse, weights
+from aksae_kernels.integrations.accelerated import AcceleratedModule
+from aksae_kernels.integrations.adam import FastAdam, slow_down, speed_up
+from aksae_kernels.testing import random_codes
+
+
+class Coder(nn.Module):
+    """Of a host: `W_enc [D, F]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.W_enc = nn.Parameter(torch.arange(12.0).view(3, 4))
+        self.groups = 1
+
+    def forward(self, x):
+        return x @ self.W_enc
+
+
+class FastCoder(AcceleratedModule, Coder):
+    host_class = Coder
+    transposed = ("W_enc",)
+
+    @classmethod
+    def refusal(cls, obj):
+        return f"groups={obj.groups}" if obj.groups > 1 else None
+
+
+class Unknown(Coder):
+    """Somebody's own subclass."""
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """A host package `hosted` with the class Coder, and our module for it."""
+    monkeypatch.setattr(Coder, "__module__", "hosted.coder")
+    monkeypatch.setitem(integrations._HOSTS, "hosted", integrations._Host("torch", torch.__version__, "Coder"))
+    name = "aksae_kernels.integrations.hosted"
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules[name].FastCoder = FastCoder
+
+
+# ------------------------------------------------------------------------------------------------ accelerate
+
+
+def test_accelerate_and_back(host):
+    coder = Coder()
+    W_enc, values = coder.W_enc, coder.W_enc.detach().clone()
+    assert accelerate(coder) is coder
+    assert type(coder) is FastCoder
+    assert accelerate(coder) is coder
+    assert coder.W_enc is W_enc
+    assert coder.W_enc.T.is_contiguous()
+    assert torch.equal(W_enc, values)
+    assert coder.state_dict()["W_enc"].is_contiguous()
+    assert torch.equal(coder.state_dict()["W_enc"], values)
+    twin = copy.deepcopy(coder)
+    twin.load_state_dict({"W_enc": 2 * values})
+    assert twin.W_enc.T.is_contiguous()
+    assert deaccelerate(coder) is coder
+    assert type(coder) is Coder
+    assert coder.W_enc is W_enc
+    assert W_enc.is_contiguous()
+    assert deaccelerate(coder) is coder
+
+
+def test_a_state_dict_within_a_larger_one_is_contiguous(host):
+    whole = nn.Sequential(accelerate(Coder()), nn.Linear(4, 2))
+    assert list(whole.state_dict()) == ["0.W_enc", "1.weight", "1.bias"]
+    assert all(tensor.is_contiguous() for tensor in whole.state_dict().values())
+
+
+def test_what_cannot_be_accelerated_is_refused(host):
+    for obj in (nn.Linear(2, 2), None, 3, Unknown()):
+        with pytest.raises(TypeError, match=r"got .*; there are .*SparseCoder.*TopKTrainingSAE.*AutoEncoderTopK"):
+            accelerate(obj)
+    grouped = Coder()
+    grouped.groups = 2
+    with pytest.raises(ValueError, match=r"hosted\.coder\.Coder with groups=2"):
+        accelerate(grouped)
+    assert type(grouped) is Coder
+    assert grouped.W_enc.is_contiguous()
+
+
+def test_an_untested_version_warns_once(host, monkeypatch):
+    monkeypatch.setattr(integrations, "_warned", set())
+    monkeypatch.setitem(integrations._HOSTS, "hosted", integrations._Host("torch", "0.1", "Coder"))
+    with pytest.warns(UserWarning, match=r"torch is .*; accelerate is tested with 0\.1"):
+        accelerate(Coder())
+    accelerate(Coder())
+
+
+def test_a_host_off_the_index_warns_too(host, monkeypatch):
+    monkeypatch.setattr(integrations, "_warned", set())
+    monkeypatch.setitem(integrations._HOSTS, "hosted", integrations._Host("aksae-no-such-package", "0.1", "Coder"))
+    with pytest.warns(UserWarning, match="unknown version"):
+        accelerate(Coder())
+
+
+def test_no_host_is_imported_unasked():
+    said = run_python(
+        "import sys, torch, aksae_kernels.integrations as i\n"
+        "try: i.accelerate(torch.nn.Linear(2, 2))\n"
+        "except TypeError: pass\n"
+        "print(sorted(name for name in i._HOSTS if name in sys.modules))"
+    )
+    assert said.splitlines()[-1] == "[]"
+
+
+# --------------------------------------------------------------------------------------------------- weights
+
+
+def test_a_gradient_follows_its_weight():
+    parameter = nn.Parameter(torch.randn(3, 4))
+    parameter.grad = torch.randn(3, 4)
+    grad = parameter.grad.clone()
+    for change in (weights.as_latent_major, weights.as_row_major):
+        change(parameter)
+        assert parameter.grad.stride() == parameter.stride()
+        assert torch.equal(parameter.grad, grad)
+
+
+@pytest.mark.parametrize("shape", [(300, 7), (5, 70000), (0, 4), (3, 0)], ids=str)
+def test_project_and_normalize_rows(shape):
+    torch.manual_seed(0)
+    W, grad = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    unit = W / (W.norm(dim=1, keepdim=True) + 0.1)
+    for eps, direction in ((None, W), (0.1, unit)):
+        projected = grad.clone()
+        weights.project_rows_(projected, W, norm_eps=eps)
+        torch.testing.assert_close(projected, grad - (grad * direction).sum(1, keepdim=True) * direction)
+    weights.normalize_rows_(W, 0.1)
+    torch.testing.assert_close(W, unit)
+
+
+# ---------------------------------------------------------------------------------------------------- codes
+
+
+def problem(rows=(6,), d_in=5, d_sae=40):
+    generator = torch.Generator().manual_seed(0)
+    x, W, b = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator)
+        for shape in ((*rows, d_in), (d_sae, d_in), (d_sae,))
+    )
+    return x.requires_grad_(), W.requires_grad_(), b.requires_grad_()
+
+
+def dense_gradients(kept, operands, upstream):
+    x, W, b = operands
+    return torch.autograd.grad(((x @ W.T + b) * kept * upstream).sum(), operands)
+
+
+def assert_gradients(codes, kept, operands):
+    d_sae = kept.shape[-1]
+    upstream = torch.randn(kept.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad((codes.to_dense(d_sae) * upstream).sum(), operands)
+    for a, b in zip(ours, dense_gradients(kept, operands, upstream), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("rows", [(6,), (2, 3), ()], ids=str)
+def test_scaled_topk(rows):
+    operands = x, W, b = problem(rows)
+    scale = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + 0.1
+    codes = sparse.scaled_topk(x, W, b, scale, 7)
+    scores = x @ W.T + b
+    kept = torch.zeros_like(scores).scatter(-1, (scores * scale).topk(7).indices, 1) * (scores > 0)
+    torch.testing.assert_close(codes.to_dense(40), scores * kept)
+    assert_gradients(codes, kept, operands)
+
+
+@pytest.mark.parametrize("rows", [(6,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+def test_batch_topk(rows, scaled):
+    operands = x, W, b = problem(rows)
+    scale = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + 0.1 if scaled else None
+    scores = x @ W.T + b
+    ranked = (scores if scale is None else scores * scale).relu().flatten()
+    budget = min(25, ranked.numel())
+    kept = torch.zeros_like(ranked).scatter(0, ranked.topk(budget).indices, 1).view(scores.shape) * (scores > 0)
+    codes = sparse.batch_topk(x, W, b, budget, scale)
+    torch.testing.assert_close(codes.to_dense(40), scores * kept)
+    if kept.numel():
+        assert codes.indices.shape[-1] == kept.sum(-1).max()
+        assert_gradients(codes, kept, operands)
+
+
+def test_batch_topk_of_a_batch_that_is_one_row():
+    x, W, b = problem((50,))
+    x = torch.where(torch.arange(50).unsqueeze(1) == 3, 1e3 * x.detach(), 0)
+    codes = sparse.batch_topk(x, W, 0 * b, 30)
+    assert codes.counts[3] == (x[3] @ W.T > 0).sum().clamp(max=30)
+    assert codes.counts.sum() == codes.counts[3]
+
+
+@pytest.mark.parametrize("rows", [(6,), (2, 3), (0,)], ids=str)
+def test_above(rows):
+    operands = x, W, b = problem(rows)
+    threshold = torch.linspace(-1, 3, 40, dtype=torch.float64)
+    codes = sparse.above(x, W, b, threshold)
+    scores = x @ W.T + b
+    kept = (scores > threshold) & (scores > 0)
+    torch.testing.assert_close(codes.to_dense(40), scores * kept)
+    if kept.numel():
+        assert_gradients(codes, kept.double(), operands)
+
+
+def test_above_keeps_nan():
+    x, W, b = problem()
+    x = x.detach().clone()
+    x[2] = torch.nan
+    codes = sparse.above(x, W, b, torch.full((), 100.0, dtype=torch.float64))
+    assert codes.counts.tolist() == [0, 0, 40, 0, 0, 0]
+
+
+def test_padded_never_names_a_latent_that_did_not_fire():
+    indices = torch.tensor([[-1, -1, -1], [4, 9, -1], [2, 5, 7]], dtype=torch.int32)
+    counts = torch.tensor([0, 2, 3], dtype=torch.int32)
+    acts, latents = sparse.padded(SparseCodes(torch.full((3, 3), 2.0), indices, counts))
+    assert latents.tolist() == [[4, 4, 4], [4, 9, 4], [2, 5, 7]]
+    assert latents.dtype == torch.int64
+    assert acts.tolist() == [[0, 0, 0], [2, 2, 0], [2, 2, 2]]
+
+
+@pytest.mark.parametrize("lead", [(5,), (2, 3), (), (0,)], ids=str)
+def test_to_coo(lead):
+    codes = random_codes(lead, 4, 20, dtype=torch.float64)
+    values = codes.values.clone().requires_grad_()
+    coo = sparse.to_coo(codes._replace(values=values), 20)
+    assert coo.is_coalesced()
+    assert coo._nnz() == codes.counts.sum()
+    assert torch.equal(coo.to_dense(), codes.to_dense(20))
+    torch.sparse.sum(coo * 3).backward()
+    assert torch.equal(values.grad, 3.0 * sparse.live(codes))
+
+
+# -------------------------------------------------------------------------------------------------- optimizer
+
+
+def optimizer_of(parameters, cls=torch.optim.Adam, **options):
+    optimizer = cls(parameters, lr=1e-2, **options)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+
+def train(parameters, optimizer, scheduler, *steps):
+    for step in range(*steps):
+        for i, parameter in enumerate(parameters):
+            parameter.grad = torch.empty_like(parameter).copy_(torch.sin(parameter.detach() * (i + 2) + step))
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"betas": (0.0, 0.99), "eps": 1e-5}, {"weight_decay": 0.1}, {"amsgrad": True}], ids=str
+)
+def test_the_optimizer_is_adam(dtype, options):
+    torch.manual_seed(0)
+    theirs = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((4, 5), (3,), ())]
+    mine = copy.deepcopy(theirs)
+    mine[0].data = mine[0].data.T.contiguous().T
+    slow, fast = optimizer_of(theirs, **options), optimizer_of(mine, **options)
+    speed_up(fast[0])
+    assert type(fast[0]) is FastAdam
+    train(theirs, *slow, 5)
+    train(mine, *fast, 5)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    states = fast[0].state_dict()["state"], slow[0].state_dict()["state"]
+    for a, b in zip(*(state.values() for state in states), strict=True):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            torch.testing.assert_close(value, b[name])
+
+
+def test_the_optimizer_changes_sides_in_the_middle():
+    torch.manual_seed(0)
+    theirs = [torch.randn(4, 5, requires_grad=True)]
+    mine = copy.deepcopy(theirs)
+    slow, (fast, scheduler) = optimizer_of(theirs), optimizer_of(mine)
+    train(theirs, *slow, 6)
+    train(mine, fast, scheduler, 0, 2)
+    weights.as_latent_major(mine[0])
+    speed_up(fast)
+    assert fast.state[mine[0]]["exp_avg"].stride() == mine[0].stride()
+    train(mine, fast, scheduler, 2, 4)
+    weights.as_row_major(mine[0])
+    slow_down(fast)
+    assert type(fast) is torch.optim.Adam
+    assert fast.state[mine[0]]["exp_avg"].is_contiguous()
+    train(mine, fast, scheduler, 4, 6)
+    torch.testing.assert_close(mine[0], theirs[0])
+
+
+def test_other_optimizers_are_left_alone():
+    for cls in (torch.optim.AdamW, torch.optim.SGD):
+        optimizer, _ = optimizer_of([torch.zeros(2, requires_grad=True)], cls)
+        step = optimizer.step
+        speed_up(optimizer)
+        slow_down(optimizer)
+        assert type(optimizer) is cls
+        assert optimizer.step is step
+
+
+def test_selections_agree_with_the_encode():
+    operands = problem()
+    ours = sparse.scaled_topk(*operands, torch.ones(40).double(), 5)
+    for a, b in zip(ours, topk_encode(*operands, k=5), strict=True):
+        torch.testing.assert_close(a, b)
