@@ -1,0 +1,36 @@
+"""What hosts whose latents are one dense tensor `[..., F]` have in common."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aksae_kernels import SparseCodes, sparse_decode, topk_select
+
+# From about this share of active latents on, gathering rows of the decoder costs as much as multiplying by all of it.
+_SPARSE_SHARE = 1 / 8
+
+
+def decode_dense(acts: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """`acts @ W_dec + b_dec` of `acts [..., F]`, from the codes that the data holds wherever few latents are active.
+
+    The codes are read off `acts` itself, so edits between encode and decode count. The product is dense where a row
+    has a negative entry, or too many active ones, and where `acts` wants a gradient: zero entries have one too.
+    Deciding reads `acts` once, and waits for an accelerator.
+    """
+    wants_grad = torch.is_grad_enabled() and acts.requires_grad
+    codes = None if wants_grad else _codes_of(acts)
+    if codes is None:
+        return F.linear(acts, W_dec.T, b_dec)
+    return sparse_decode(codes, W_dec, b_dec)
+
+
+def _codes_of(acts: Tensor) -> SparseCodes | None:
+    """The non-zero entries of `acts [..., F]`; None where one is negative or a row has too many."""
+    n_active = acts.count_nonzero(-1)
+    width = int(n_active.max()) if n_active.numel() else 0
+    if width > acts.shape[-1] * _SPARSE_SHARE:
+        return None
+    codes = topk_select(acts, width)
+    return codes if bool((codes.counts == n_active).all()) else None

@@ -1,0 +1,32 @@
+"""What the hosts need before they can be imported where warnings are errors."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import warnings
+
+import pytest
+import torch
+
+# sparsify looks for Triton once, at import, and then insists on a GPU.
+os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+
+# Each names one warning of one host: of its import or of its own code, never of ours.
+HOST_WARNINGS = (
+    r"ignore:The 'utils' module has been deprecated:DeprecationWarning:sae_lens",
+    r"ignore:Importing \w+ from transformer_lens:DeprecationWarning:sae_bench",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in HOST_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+        # Where this file is found only while tests are being collected, the filters of the imports are already set.
+        action, message, category, module = line.split(":")
+        warnings.filterwarnings(action, message, getattr(builtins, category), module)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
