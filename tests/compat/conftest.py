@@ -16,6 +16,7 @@ os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 HOST_WARNINGS = (
     r"ignore:The 'utils' module has been deprecated:DeprecationWarning:sae_lens",
     r"ignore:Importing \w+ from transformer_lens:DeprecationWarning:sae_bench",
+    r"ignore:Using `@model_validator` with mode='after' on a classmethod:DeprecationWarning:sae_bench",
 )
 
 
