@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 from aksae import AdaptiveKSAE, SAEConfig, UserError
-from aksae.hosts import _dense
+from aksae.hosts import _codes
 from aksae.hosts.sae_bench import SAEBenchAdapter
 from torch import nn
 
@@ -97,8 +97,8 @@ def test_decode_takes_the_sparse_path_where_that_is_safe(monkeypatch, change, sp
     adapter = adapt()
     acts = change(adapter.encode(randn(3, D)).detach())
     calls = []
-    real = _dense.sparse_decode
-    monkeypatch.setattr(_dense, "sparse_decode", lambda *arguments: calls.append(1) or real(*arguments))
+    real = _codes.sparse_decode
+    monkeypatch.setattr(_codes, "sparse_decode", lambda *arguments: calls.append(1) or real(*arguments))
     out = adapter.decode(acts)
     torch.testing.assert_close(out, acts @ adapter.W_dec + adapter.b_dec)
     assert bool(calls) == sparse

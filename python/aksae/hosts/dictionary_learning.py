@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..k_policy import score_to_k
 from ..probe import ComplexityProbe
 from ..sae import AdaptiveKSAE
-from ._dense import decode_dense
+from ._codes import decode_dense
 
 
 class AutoEncoderAdaptiveK(Dictionary, nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ._dense import decode_dense
+from ._codes import decode_dense
 
 
 @dataclass

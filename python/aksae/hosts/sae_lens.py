@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..k_policy import score_to_k
 from ..probe import ComplexityProbe
 from ..sae import AdaptiveKSAE
-from ._dense import decode_dense
+from ._codes import decode_dense, to_coo
 
 ARCHITECTURE = "adaptivek"
 
@@ -287,7 +287,7 @@ class AdaptiveKTrainingSAELens(_AdaptiveK, TrainingSAE[AdaptiveKTrainingSAELensC
         return TrainStepOutput(
             sae_in=x,
             sae_out=sae_out,
-            feature_acts=_to_coo(codes, self.cfg.d_sae),
+            feature_acts=to_coo(codes, self.cfg.d_sae, trusted=True),
             hidden_pre=x.new_empty(*x.shape[:-1], 0),
             loss=mse_loss + aux_loss,
             losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux_loss},
@@ -335,24 +335,6 @@ def _latent_major(W_enc: Tensor) -> Tensor:
 
 def _is_watched(hook: nn.Module) -> bool:
     return bool(hook._forward_hooks or hook._backward_hooks or hook._forward_pre_hooks)
-
-
-def _to_coo(codes: SparseCodes, d_sae: int) -> Tensor:
-    """The codes as a coalesced `torch.sparse_coo_tensor` `[..., d_sae]`; carries the gradient of `codes.values`.
-
-    Reads how many entries there are, and so waits for an accelerator, as counting the latents that fired does.
-    """
-    slot = torch.arange(codes.indices.shape[-1], device=codes.counts.device)
-    live = slot < codes.counts.unsqueeze(-1)
-    *rows, _ = live.nonzero(as_tuple=True)
-    # Rows and, within a row, latents ascend and do not repeat: sorting them again would find nothing to do.
-    return torch.sparse_coo_tensor(
-        torch.stack([*rows, codes.indices[live].long()]),
-        codes.values[live],
-        (*codes.counts.shape, d_sae),
-        is_coalesced=True,
-        check_invariants=False,
-    )
 
 
 def _register() -> None:
