@@ -135,6 +135,16 @@ def test_the_training_package_uses_public_names_only(path):
     assert not [name for name in dotted if re.match(r"torch\.ops\b", name)], f"{identity(path)} uses torch.ops"
 
 
+@pytest.mark.parametrize("path", sources(TRAINING), ids=identity)
+def test_hosts_are_imported_by_their_own_module_alone(path):
+    inside = path.parent == TRAINING / "hosts"
+    found = {name.split(".")[0] for name in imports(path)} & {*HOSTS, "delphi", "sae_bench"}
+    # sae_bench.py and latent_cache.py do without their host.
+    assert found <= ({path.stem} & HOSTS if inside else set()), identity(path)
+    assert inside or not [name for name in imports(path) if ".hosts" in name], identity(path)
+    assert path != TRAINING / "hosts" / "__init__.py" or not list(imports(path))
+
+
 @pytest.mark.parametrize("path", [*kernel_modules(), *sources(TRAINING)], ids=identity)
 def test_nothing_imports_tests_or_benchmarks(path):
     assert not {name.split(".")[0] for name in imports(path)} & {"tests", "benchmarks", "conftest"}

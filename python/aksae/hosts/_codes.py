@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aksae_kernels import SparseCodes, sparse_decode, topk_select
 
-# From about this share of active latents on, gathering rows of the decoder costs as much as multiplying by all of it.
+# With a larger share of active latents, gathering their rows of the decoder has little to win over the dense product.
 _SPARSE_SHARE = 1 / 8
 
 
