@@ -156,7 +156,9 @@ class LatentCache:
 
 def _fired(codes: SparseCodes, d_sae: int, first: int, seq: int, latents: Tensor | None) -> _Batch:
     """What `codes [batch * seq, K]` say of the sequences from number `first` on."""
-    coo = to_coo(codes._replace(values=codes.values.double()), d_sae, trusted=False)
+    # Wide enough for the sum of a latent that codes made by hand may repeat.
+    values = codes.values.to(torch.promote_types(codes.values.dtype, torch.float32))
+    coo = to_coo(codes._replace(values=values), d_sae, trusted=False)
     (token, latent), values = coo.indices(), coo.values()
     # NaN is kept: a diverged model must not look like a silent one.
     kept = ~(values.abs() <= _SMALLEST)
