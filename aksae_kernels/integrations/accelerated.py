@@ -37,6 +37,14 @@ class AcceleratedModule(Accelerated):
     transposed: ClassVar[tuple[str, ...]] = ()
     """Names of parameters `[D, F]`: their `.T`, `[F, D]`, is contiguous while the module is accelerated."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        """Of the host: an accelerated class may also be constructed. Raises ValueError where `accelerate` would."""
+        super().__init__(*args, **kwargs)
+        reason = self.refusal(self)
+        if reason is not None:
+            raise ValueError(f"{type(self).__name__} must be something the kernels can do, got one with {reason}")
+        self._attach()
+
     def _attach(self) -> None:
         for name in self.transposed:
             as_latent_major(self.get_parameter(name))
