@@ -42,6 +42,8 @@ class FastAdam(torch.optim.Adam):
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
+        # Loaded from a file, or of a parameter that was laid out anew.
+        _lay_out(state, param)
         state["step"] += 1
         adam_step(
             param,
@@ -80,9 +82,7 @@ def _is_ours(param: Tensor) -> bool:
 def _settle(optimizer: torch.optim.Optimizer) -> None:
     """Lay moments out as their parameters are now, and have `step` be that of the class the optimizer has now."""
     for param, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == param.shape and value.stride() != param.stride():
-                state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
+        _lay_out(state, param)
     # A scheduler of the learning rate has replaced the method, on the instance, by one that calls the function it found
     # and notes that it was called; torch warns where that replacement is gone.
     if "step" not in vars(optimizer):
@@ -94,3 +94,10 @@ def _settle(optimizer: torch.optim.Optimizer) -> None:
 
     step._wrapped_by_lr_sched = True
     optimizer.step = step
+
+
+def _lay_out(state: dict, param: Tensor) -> None:
+    """Give moments the strides of their parameter."""
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == param.shape and value.stride() != param.stride():
+            state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
