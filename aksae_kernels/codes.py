@@ -39,7 +39,7 @@ class SparseCodes(NamedTuple):
         if self.indices.shape[-1] == 0 or d_sae == 0:
             return dense
         index = torch.where(live, self.indices, 0).long()
-        return dense.scatter_add(-1, index, torch.where(live, self.values, 0))
+        return dense.scatter_add_(-1, index, torch.where(live, self.values, 0))
 
     def to_csr(self, d_sae: int) -> Tensor:
         """The codes as a `torch.sparse_csr_tensor` `[rows, d_sae]`, leading dimensions flattened, columns ascending.

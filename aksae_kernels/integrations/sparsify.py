@@ -109,7 +109,7 @@ class FastSparseCoder(AcceleratedModule, SparseCoder):
         codes = topk_encode(z, W_enc, b_enc, k=k)
         codes = codes._replace(values=codes.values.to(self.dtype), indices=at(dead, codes).int())
         with torch.autocast(z.device.type, enabled=False):
-            return decode_mse(codes, self.W_dec, None, e.to(self.dtype)).sum()
+            return decode_mse(codes, self.W_dec, None, e.to(self.dtype)).sum().to(e.dtype)
 
 
 class FastTrainer(Accelerated, Trainer):
