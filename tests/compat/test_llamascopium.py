@@ -313,7 +313,8 @@ TRITON = """
 import torch
 from llamascopium.models.sae import SAEConfig, SparseAutoEncoder
 
-config = {"hook_point_in": "in", "hook_point_out": "out", "act_fn": "topk", "top_k": 2, "use_triton_kernel": True}
+config = {"hook_point_in": "in", "hook_point_out": "out", "act_fn": "topk", "top_k": 2}
+config |= {"use_triton_kernel": True, "use_decoder_bias": False}
 for d_model, factor in ((16, 1), (8, 2)):
     options = {"d_model": d_model, "expansion_factor": factor, "sparsity_threshold_for_triton_spmm_kernel": 0.5}
     sae = SparseAutoEncoder(SAEConfig(**config, **options))
