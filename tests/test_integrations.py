@@ -54,6 +54,7 @@ def host(monkeypatch):
     name = "aksae_kernels.integrations.hosted"
     monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules[name].FastCoder = FastCoder
+    sys.modules[name].AcceleratedModule = AcceleratedModule  # as an import leaves it there
 
 
 # ------------------------------------------------------------------------------------------------ accelerate
@@ -78,6 +79,16 @@ def test_accelerate_and_back(host):
     assert coder.W_enc is W_enc
     assert W_enc.is_contiguous()
     assert deaccelerate(coder) is coder
+
+
+def test_an_accelerated_class_may_be_constructed(host, monkeypatch):
+    coder = FastCoder()
+    assert coder.W_enc.T.is_contiguous()
+    assert accelerate(coder) is coder
+    assert type(deaccelerate(coder)) is Coder
+    monkeypatch.setattr(FastCoder, "refusal", classmethod(lambda cls, obj: "groups=2"))
+    with pytest.raises(ValueError, match=r"FastCoder .* with groups=2"):
+        FastCoder()
 
 
 def test_a_state_dict_within_a_larger_one_is_contiguous(host):
@@ -305,6 +316,25 @@ def test_the_optimizer_changes_sides_in_the_middle():
     assert type(fast) is torch.optim.Adam
     assert fast.state[mine[0]]["exp_avg"].is_contiguous()
     train(mine, fast, scheduler, 4, 6)
+    torch.testing.assert_close(mine[0], theirs[0])
+
+
+def test_the_optimizer_goes_on_from_a_file():
+    """What is loaded has the layout of the file."""
+    torch.manual_seed(0)
+    theirs = [torch.randn(4, 5, requires_grad=True)]
+    mine = copy.deepcopy(theirs)
+    weights.as_latent_major(mine[0])
+    slow, (fast, scheduler) = optimizer_of(theirs), optimizer_of(mine)
+    train(theirs, *slow, 2)
+    mine[0].data.copy_(theirs[0])
+    speed_up(fast)
+    fast.load_state_dict(copy.deepcopy(slow[0].state_dict()))
+    scheduler.load_state_dict(slow[1].state_dict())
+    assert fast.state[mine[0]]["exp_avg"].is_contiguous()
+    for parameters, optimizer in ((theirs, slow), (mine, (fast, scheduler))):
+        train(parameters, *optimizer, 2, 4)
+    assert fast.state[mine[0]]["exp_avg"].stride() == mine[0].stride()
     torch.testing.assert_close(mine[0], theirs[0])
 
 

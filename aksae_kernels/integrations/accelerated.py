@@ -19,6 +19,14 @@ class Accelerated:
     host_class: ClassVar[type]
     """The class it stands in for."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        """Of the host: an accelerated class may also be constructed. Raises ValueError where `accelerate` would."""
+        super().__init__(*args, **kwargs)
+        reason = self.refusal(self)
+        if reason is not None:
+            raise ValueError(f"{type(self).__name__} must be something the kernels can do, got one with {reason}")
+        self._attach()
+
     @classmethod
     def refusal(cls, obj: Any) -> str | None:
         """What about an instance of `host_class` cannot be done, in words that fit after "with"; None if all can."""
@@ -37,14 +45,6 @@ class AcceleratedModule(Accelerated):
     transposed: ClassVar[tuple[str, ...]] = ()
     """Names of parameters `[D, F]`: their `.T`, `[F, D]`, is contiguous while the module is accelerated."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        """Of the host: an accelerated class may also be constructed. Raises ValueError where `accelerate` would."""
-        super().__init__(*args, **kwargs)
-        reason = self.refusal(self)
-        if reason is not None:
-            raise ValueError(f"{type(self).__name__} must be something the kernels can do, got one with {reason}")
-        self._attach()
-
     def _attach(self) -> None:
         for name in self.transposed:
             as_latent_major(self.get_parameter(name))
@@ -60,3 +60,9 @@ class AcceleratedModule(Accelerated):
             if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_contiguous():
                 state[name] = value.contiguous()
         return state
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches calls of the module."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return any(getattr(module, name) for name in hooks)

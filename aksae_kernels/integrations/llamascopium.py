@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import SparseCodes, sparse_decode, topk_encode
 from . import accelerate
-from .accelerated import Accelerated, AcceleratedModule
+from .accelerated import Accelerated, AcceleratedModule, has_hooks
 from .adam import slow_down, speed_up
 from .sparse import above, at, batch_topk, scaled_topk
 
@@ -128,7 +128,7 @@ class FastSparseAutoEncoder(AcceleratedModule, SparseAutoEncoder):
 
     def _is_sparse(self) -> bool:
         """Whether nobody looks at dense scores or activations, and no gradient is wanted that needs them."""
-        if any(_is_hooked(point) for point in (self.hook_hidden_pre, self.hook_feature_acts)):
+        if any(has_hooks(point) for point in (self.hook_hidden_pre, self.hook_feature_acts)):
             return False
         return self.cfg.act_fn.lower() != "jumprelu" or not torch.is_grad_enabled()
 
@@ -222,8 +222,3 @@ class _LossData(dict):
 
     def _current_versions(self) -> list[int | None]:
         return [None if tensor.is_inference() else tensor._version for tensor in self._scored]
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)

@@ -12,7 +12,6 @@ import warnings
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from aksae_kernels.integrations import accelerate, deaccelerate
 from aksae_kernels.integrations.adam import FastAdam
@@ -282,27 +281,14 @@ def test_dead_latents_are_counted_from_the_dense_activations():
         fast.compute_loss(batch, auxk_coefficient=0.1)
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that is made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("norms", [True, False], ids=["norms", "without norms"])
-def test_a_step_makes_no_dense_codes(norms):
+def test_a_step_makes_no_dense_codes(norms, largest):
     rows, sizes = 128, []
     for one in make_pair(sparsity_include_decoder_norm=norms):
-        with Largest() as largest:
+        with largest() as made:
             one.compute_loss(make_batch(rows), return_aux_data=False).backward()
             one(randn(rows, D))
-        sizes.append(largest.elements)
+        sizes.append(made.elements)
     assert sizes[0] >= rows * N
     assert sizes[1] < rows * N
 
