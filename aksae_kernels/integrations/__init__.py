@@ -35,9 +35,7 @@ _HOSTS = {
         "AutoEncoderTopK, BatchTopKSAE, JumpReluAutoEncoder, TopKTrainer, BatchTopKTrainer, JumpReluTrainer",
     ),
     "overcomplete": _Host("overcomplete", "0.3.0", "TopKSAE"),
-    "llamascopium": _Host(
-        "llamascopium", "2.0.0b34", "SparseAutoEncoder with act_fn 'topk', 'batchtopk' or 'jumprelu', Trainer"
-    ),
+    "llamascopium": _Host("llamascopium", "2.0.0b34", "SparseAutoEncoder with topk, batchtopk or jumprelu, Trainer"),
 }
 _warned: set[str] = set()
 
