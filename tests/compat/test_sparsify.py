@@ -375,12 +375,11 @@ def test_refusals():
 
 
 @pytest.fixture
-def quiet_run(monkeypatch):
-    """No network; what `fit` sets for the whole process is put back."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    precision = torch.get_float32_matmul_precision()
+def precision():
+    """`fit` sets that of products for the whole process: it is put back."""
+    was = torch.get_float32_matmul_precision()
     yield
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision(was)
 
 
 def make_trainer(folder, *, rows=200, coder=None, **config) -> Trainer:
@@ -414,6 +413,7 @@ AUX = {"auxk_alpha": 1 / 32, "dead_feature_threshold": 100}
 RUNS = {
     "adam": ({}, False),
     "signum": ({"optimizer": "signum"}, False),
+    "muon": ({"optimizer": "muon"}, False),
     "accumulation": ({"grad_acc_steps": 2, "micro_acc_steps": 2}, False),
     "cross-entropy": ({"loss_fn": "ce", "lr": 1e-2}, False),
     "transcoders": ({"coder": {"transcode": True, "skip_connection": True}, "hookpoints": ["h.*.mlp"]}, False),
@@ -425,29 +425,30 @@ RUNS = {
 
 
 @pytest.mark.parametrize(("config", "corrected"), RUNS.values(), ids=RUNS)
-def test_fifty_steps_of_the_trainer(config, corrected, tmp_path, request, quiet_run):
+def test_fifty_steps_of_the_trainer(config, corrected, tmp_path, request, precision):
     if corrected:
         request.getfixturevalue("differentiable_host")
     host, fast = (make_trainer(tmp_path / name, **copy.deepcopy(config)) for name in ("host", "fast"))
     assert type(accelerate(fast)) is FastTrainer
-    adam = config.get("optimizer", "adam") == "adam"
-    assert (type(fast.optimizers[0]) is FastAdam) == adam
+    optimizer = config.get("optimizer", "adam")
+    assert (type(fast.optimizers[-1]) is FastAdam) == (optimizer != "signum")  # Muon leaves vectors to Adam
     expected, losses = fit(host), fit(fast)
     assert fast.global_step == 50
     assert len(losses) >= 100
     if config.get("loss_fn") != "ce":
         assert losses[-10:, 0].mean() < losses[:10, 0].mean()
     assert (losses[:, 1] > 0).any() == ("auxk_alpha" in config)
-    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+    # Muon rounds to bf16, several times a step.
+    torch.testing.assert_close(losses, expected, rtol=0.02 if optimizer == "muon" else 1e-3, atol=1e-4)
     for name, counts in host.num_tokens_since_fired.items():
         assert (counts != fast.num_tokens_since_fired[name]).float().mean() < 0.05
 
     assert type(deaccelerate(fast)) is Trainer
     assert {type(coder) for coder in fast.saes.values()} == {SparseCoder}
-    assert not isinstance(fast.optimizers[0], FastAdam)
+    assert not any(isinstance(optimizer, FastAdam) for optimizer in fast.optimizers)
 
 
-def test_a_run_goes_on_from_the_files_of_either(tmp_path, quiet_run):
+def test_a_run_goes_on_from_the_files_of_either(tmp_path, precision):
     """Half a run by one, the rest by the other."""
     whole = fit(make_trainer(tmp_path / "whole"))
     for first, second in ((accelerate, deaccelerate), (deaccelerate, accelerate)):
