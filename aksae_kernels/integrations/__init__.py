@@ -98,7 +98,7 @@ def _classes(host: str) -> dict[type, type[Accelerated]]:
     """The accelerated class for each class of the host."""
     module = importlib.import_module(f".{host}", __name__)
     found = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Accelerated))
-    return {fast.host_class: fast for fast in found if fast is not Accelerated}
+    return {fast.host_class: fast for fast in found if hasattr(fast, "host_class")}
 
 
 def _warn_untested(host: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,14 @@ class Accelerated:
 
     host_class: ClassVar[type]
     """The class it stands in for."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """Of the host: an accelerated class may also be constructed. Raises ValueError where `accelerate` would."""
+        super().__init__(*args, **kwargs)
+        reason = self.refusal(self)
+        if reason is not None:
+            raise ValueError(f"{type(self).__name__} must be something the kernels can do, got one with {reason}")
+        self._attach()
 
     @classmethod
     def refusal(cls, obj: Any) -> str | None:
@@ -52,3 +61,17 @@ class AcceleratedModule(Accelerated):
             if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_contiguous():
                 state[name] = value.contiguous()
         return state
+
+
+class AbstractFirst(ABC):
+    """First base of what accelerates a `class X(ABC, nn.Module)` of a host: `class Fast(AbstractFirst, ...)`.
+
+    CPython lets an object change its class only where the lines of first bases of both begin alike: there with `ABC`,
+    in other hosts with `object`.
+    """
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a call of the module is `F.linear` and nothing else: an `nn.Linear` that nobody watches."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return type(module) is nn.Linear and not any(getattr(module, name) for name in hooks)
