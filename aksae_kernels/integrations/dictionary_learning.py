@@ -39,7 +39,7 @@ _SAMPLE = 16
 """Rows that are asked whether a batch is crowded."""
 
 
-class _LinearAutoEncoder(AbstractFirst, AcceleratedModule):
+class _LinearAutoEncoder(AcceleratedModule):
     """What the autoencoders with an `nn.Linear` for encoder and decoder share."""
 
     transposed = ("decoder.weight",)
@@ -69,7 +69,7 @@ class _LinearAutoEncoder(AbstractFirst, AcceleratedModule):
         return (x_hat, codes.to_dense(self.dict_size)) if output_features else x_hat
 
 
-class FastAutoEncoderTopK(_LinearAutoEncoder, AutoEncoderTopK):
+class FastAutoEncoderTopK(AbstractFirst, _LinearAutoEncoder, AutoEncoderTopK):
     """`AutoEncoderTopK` whose `forward` goes by sparse codes; also a `dict_class` for `TopKTrainer`."""
 
     host_class = AutoEncoderTopK
@@ -88,7 +88,7 @@ class FastAutoEncoderTopK(_LinearAutoEncoder, AutoEncoderTopK):
         return topk_encode(centred, self.encoder.weight, self.encoder.bias, k=int(self.k))
 
 
-class FastBatchTopKSAE(_LinearAutoEncoder, BatchTopKSAE):
+class FastBatchTopKSAE(AbstractFirst, _LinearAutoEncoder, BatchTopKSAE):
     """`BatchTopKSAE` whose `forward`, by the threshold, goes by sparse codes where they are sparse."""
 
     host_class = BatchTopKSAE
@@ -99,13 +99,19 @@ class FastBatchTopKSAE(_LinearAutoEncoder, BatchTopKSAE):
         return self._select(x - self.b_dec).to_dense(self.dict_size)
 
     def forward(self, x: Tensor, output_features: bool = False):
-        selection = (x - self.b_dec, self.encoder.weight, self.encoder.bias, self.threshold)
+        selection = (x - self.b_dec, self.encoder.weight, self._bias(), self.threshold)
         if not self._is_plain() or _is_crowded(*selection):
             return super().forward(x, output_features)
         return self._output(above(*selection), output_features)
 
     def _select(self, centred: Tensor) -> SparseCodes:
-        return batch_topk(centred, self.encoder.weight, self.encoder.bias, int(self.k) * len(centred))
+        return batch_topk(centred, self.encoder.weight, self._bias(), int(self.k) * len(centred))
+
+    def _bias(self) -> Tensor:
+        """`b_enc`, under autocast in its dtype: an `nn.Linear` rounds the bias, too."""
+        bias = self.encoder.bias
+        autocasts = torch.is_autocast_enabled(bias.device.type) and bias.dtype != torch.float64
+        return bias.to(torch.get_autocast_dtype(bias.device.type)) if autocasts else bias
 
 
 class FastJumpReluAutoEncoder(AbstractFirst, AcceleratedModule, JumpReluAutoEncoder):
