@@ -6,7 +6,6 @@ import contextlib
 import copy
 import importlib.util
 import pickle
-import sys
 
 import pytest
 import torch
@@ -14,12 +13,11 @@ from torch import nn
 
 from aksae_kernels.integrations import accelerate, deaccelerate
 
+from .bare_overcomplete import make_importable
+
 if importlib.util.find_spec("overcomplete") is None:
     pytest.skip("overcomplete is not installed; make test-compat installs it", allow_module_level=True)
-if "overcomplete" not in sys.modules:
-    # The package without its own __init__, which also imports vision models and plots: those want a torchvision, and
-    # the one of the package index does not load beside a CPU torch, and a matplotlib before 3.9.
-    sys.modules["overcomplete"] = importlib.util.module_from_spec(importlib.util.find_spec("overcomplete"))
+make_importable()
 
 from overcomplete.sae import EncoderFactory, RATopKSAE, RelaxedArchetypalDictionary, TopKSAE, mse_l1, train_sae
 
