@@ -14,8 +14,9 @@ import sys
 
 def make_importable() -> None:
     """Have the package without what its own `__init__` would do; its modules are imported as ever."""
-    if "overcomplete" not in sys.modules:
-        sys.modules["overcomplete"] = importlib.util.module_from_spec(importlib.util.find_spec("overcomplete"))
+    spec = importlib.util.find_spec("overcomplete")
+    if spec is not None and "overcomplete" not in sys.modules:
+        sys.modules["overcomplete"] = importlib.util.module_from_spec(spec)
 
 
 if __name__ == "__main__":

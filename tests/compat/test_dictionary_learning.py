@@ -320,6 +320,8 @@ def test_what_is_not_supported_is_refused():
     odd = trainer("topk", dict_class=lambda d_in, d_sae, k: BatchTopKSAE(d_in, d_sae, k))
     with pytest.raises(ValueError, match=r"got a .*TopKTrainer with an autoencoder of class BatchTopKSAE"):
         accelerate(odd)
+    with pytest.raises(ValueError, match=r"FastTopKTrainer must be .* an autoencoder of class BatchTopKSAE"):
+        trainer("topk", ours.FastTopKTrainer, dict_class=BatchTopKSAE)
 
 
 # -------------------------------------------------------------------------------------------------- trainers
@@ -358,6 +360,23 @@ def test_loss(kind, alpha, dead, step):
         assert 0 < fast.dead_features <= DEAD[dead]
         assert (fast.dead_features > fast.top_k_aux) == (dead != "few")
         assert fast.pre_norm_auxk_loss > 0
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_loss_under_autocast(kind):
+    """As `trainSAE` computes it on a GPU. Ranks within a rounding of bf16 may differ."""
+    host, fast = both(kind, dtype=torch.float32)
+    for made in (host, fast):
+        with torch.autocast("cpu", torch.bfloat16):
+            made.loss(inputs(ROWS, dtype=torch.float32), step=10).backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = (made.loss(inputs(ROWS, dtype=torch.float32), step=10) for made in (fast, host))
+    assert got.dtype == expected.dtype
+    assert got.item() == pytest.approx(expected.item(), rel=0.02)
+    for name, grad in gradients(fast.ae).items():
+        other = gradients(host.ae)[name]
+        assert grad.dtype == other.dtype
+        assert (grad - other).norm() <= 0.2 * other.norm() + 1e-6
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import pickle
 
 import pytest
@@ -13,11 +12,7 @@ from torch import nn
 
 from aksae_kernels.integrations import accelerate, deaccelerate
 
-from .bare_overcomplete import make_importable
-
-if importlib.util.find_spec("overcomplete") is None:
-    pytest.skip("overcomplete is not installed; make test-compat installs it", allow_module_level=True)
-make_importable()
+pytest.importorskip("overcomplete.sae", reason="overcomplete is not installed; make test-compat installs it")
 
 from overcomplete.sae import EncoderFactory, RATopKSAE, RelaxedArchetypalDictionary, TopKSAE, mse_l1, train_sae
 
