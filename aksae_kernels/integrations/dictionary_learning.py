@@ -186,7 +186,7 @@ class _LinearTrainer(_Trainer):
         return super().update(step, x)
 
     def loss(self, x: Tensor, step: int | None = None, logging: bool = False):
-        if not self.ae._is_plain():
+        if not (isinstance(self.ae, self.fast_class) and self.ae._is_plain()):
             return super().loss(x, step=step, logging=logging)
         centred = x - self.ae.b_dec
         codes = self.ae._select(centred)

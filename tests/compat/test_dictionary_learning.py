@@ -559,6 +559,15 @@ def test_training_with_a_watched_encoder(kind):
     assert seen == [(ROWS, F)] * 5
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_an_autoencoder_of_the_host_put_into_an_accelerated_trainer(kind):
+    host, fast = both(kind)
+    fast.ae = copy.deepcopy(host.ae)
+    fast.optimizer.param_groups[0]["params"] = list(fast.ae.parameters())
+    for step in range(5):
+        assert fast.update(step, inputs(ROWS)) == pytest.approx(host.update(step, inputs(ROWS)), rel=1e-6)
+
+
 class Largest(TorchDispatchMode):
     """The largest tensor that any operation gave."""
 
