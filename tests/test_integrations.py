@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 import types
+from abc import ABC
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from aksae_kernels import SparseCodes, integrations, topk_encode
 from aksae_kernels.integrations import accelerate, deaccelerate, sparse, weights
-from aksae_kernels.integrations.accelerated import AcceleratedModule
+from aksae_kernels.integrations.accelerated import AbstractFirst, AcceleratedModule, has_hooks, is_plain_linear
 from aksae_kernels.integrations.adam import FastAdam, slow_down, speed_up
 from aksae_kernels.testing import random_codes
 
@@ -95,6 +96,55 @@ def test_a_state_dict_within_a_larger_one_is_contiguous(host):
     whole = nn.Sequential(accelerate(Coder()), nn.Linear(4, 2))
     assert list(whole.state_dict()) == ["0.W_enc", "1.weight", "1.bias"]
     assert all(tensor.is_contiguous() for tensor in whole.state_dict().values())
+
+
+def test_a_fast_class_may_be_constructed(host):
+    coder = FastCoder()
+    assert coder.W_enc.T.is_contiguous()
+    assert torch.equal(coder.W_enc, Coder().W_enc)
+    assert type(deaccelerate(coder)) is Coder
+
+    class Grouped(FastCoder):
+        def refusal(self, obj):
+            return "groups"
+
+    with pytest.raises(ValueError, match="Grouped must be something the kernels can do, got one with groups"):
+        Grouped()
+
+
+class Abstract(ABC, nn.Module):
+    """As some hosts begin their classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.W_enc = nn.Parameter(torch.arange(12.0).view(3, 4))
+
+
+class FastAbstract(AbstractFirst, AcceleratedModule, Abstract):
+    host_class = Abstract
+    transposed = ("W_enc",)
+
+
+def test_a_host_class_that_starts_with_abc():
+    coder = Abstract()
+    coder.__class__ = FastAbstract
+    coder.__class__ = Abstract
+    assert FastAbstract().W_enc.T.is_contiguous()
+    assert FastAbstract().state_dict()["W_enc"].is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "register", ["register_forward_pre_hook", "register_forward_hook", "register_full_backward_hook"]
+)
+def test_a_linear_layer_with_hooks_is_not_plain(register):
+    linear = nn.Linear(3, 4)
+    assert is_plain_linear(linear)
+    handle = getattr(linear, register)(lambda *args: None)
+    assert has_hooks(linear)
+    assert not is_plain_linear(linear)
+    handle.remove()
+    assert is_plain_linear(linear)
+    assert not is_plain_linear(nn.Identity())
 
 
 def test_what_cannot_be_accelerated_is_refused(host):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from typing import Any, ClassVar
 
 import torch
@@ -62,7 +63,20 @@ class AcceleratedModule(Accelerated):
         return state
 
 
+class AbstractFirst(ABC):  # noqa: B024 - for its place in memory alone
+    """First base of what accelerates a `class X(ABC, nn.Module)`: `class Fast(AbstractFirst, AcceleratedModule, X)`.
+
+    CPython lets an object change its class only where the first bases of both classes, followed to the end, begin
+    alike: there with `ABC`, in other hosts with `object`.
+    """
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody watches calls of the module."""
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return any(getattr(module, name) for name in hooks)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a call of the module is `F.linear` and nothing else."""
+    return type(module) is nn.Linear and not has_hooks(module)

@@ -10,8 +10,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .bare_overcomplete import make_importable
+
 # sparsify looks for Triton once, at import, and then insists on a GPU.
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+
+make_importable()
 
 # Each names one warning of one host: of its import or of its own code, never of ours.
 HOST_WARNINGS = (
