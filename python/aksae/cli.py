@@ -76,7 +76,7 @@ def label(
     """
     from .activations import LanguageModel
     from .data import load_labelled
-    from .formats import atomic_file
+    from .files import atomic_file
 
     if out.suffix not in (".parquet", ".jsonl"):
         raise UserError(f"out: got {out}, needs a name that ends in .parquet or .jsonl")

@@ -12,7 +12,7 @@ from aksae_kernels import SparseCodes, sparse_decode, topk_encode
 
 from .config import SAEConfig, from_dict, to_dict, validate_sae
 from .errors import UserError
-from .formats import CONFIG, load_checkpoint, read_json, save_checkpoint
+from .files import CONFIG, load_checkpoint, read_json, save_checkpoint
 from .k_policy import score_to_k
 from .probe import ComplexityProbe
 
