@@ -113,10 +113,11 @@ def read_pickle(path: Path) -> Any:
         raise UserError(f"{path}: got a file that torch cannot read ({reason}), needs one of torch.save") from error
 
 
-def write_pickle(path: Path, value: Any) -> None:
-    """Write `value` by `torch.save`. Raises OSError where the disk refuses."""
+def write_pickle(path: Path, values: Mapping[str, Any]) -> None:
+    """Write `values` by `torch.save`, tensors contiguous. Raises OSError where the disk refuses."""
+    plain = {name: value.contiguous() if isinstance(value, Tensor) else value for name, value in values.items()}
     with atomic_file(path) as temporary:
-        torch.save(value, temporary)
+        torch.save(plain, temporary)
 
 
 def read_json(path: Path) -> Any:
