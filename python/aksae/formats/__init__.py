@@ -71,11 +71,9 @@ def load(path: str | Path, format: Format | None = None, **assumptions: Any) -> 
         raise UserError(f"{next(iter(assumptions))}: got it for {name}, needs adaptivek: others leave nothing open")
     files = {file: _READ.get((path / file).suffix, read_pickle)(path / file) for file in module.names(path)}
     try:
-        sae = module.unpack(files, **assumptions)
+        return _unpacked(name, files, **assumptions)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    object.__setattr__(sae, "origin", Origin(name, files))
-    return sae
 
 
 def save(
@@ -102,7 +100,7 @@ def save(
     path, module = Path(path), _module(format)
     _check_destination(path, module, format, overwrite)
     if isinstance(sae, AdaptiveKSAE):
-        sae = native.unpack({CONFIG: to_dict(sae.config), WEIGHTS: sae.state_dict()})
+        sae = _unpacked("native", {CONFIG: to_dict(sae.config), WEIGHTS: sae.state_dict()})
     if sae.origin is not None and sae.origin.format == format:
         files = sae.origin.files
     else:
@@ -127,6 +125,12 @@ def convert(
     sae = load(source, source_format, **assumptions)
     notes = save(sae, target, to, overwrite=overwrite)
     return f"{sae}: {source} ({sae.origin.format}) -> {target} ({to}); {'; '.join(notes) or 'weights unchanged'}"
+
+
+def _unpacked(name: Format, files: dict[str, Any], **assumptions: Any) -> StoredSAE:
+    sae = _FORMATS[name].unpack(files, **assumptions)
+    object.__setattr__(sae, "origin", Origin(name, files))
+    return sae
 
 
 def _module(name: str) -> ModuleType:

@@ -76,15 +76,14 @@ def exactly(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def _fold_decoder_norm(sae: StoredSAE) -> StoredSAE:
-    norm = sae.W_dec.to(torch.promote_types(sae.W_dec.dtype, torch.float32)).norm(dim=-1)
-    if sae.decoder_norm == "selection" and isinstance(sae.activation, (JumpReLU, ReLU)):
-        activation, note = sae.activation, ()
-        if isinstance(activation, JumpReLU):
-            # Without a direction a latent's score is 0, which is above no threshold: infinity keeps it so.
-            threshold = (activation.threshold.clamp_min(0) / norm).where(norm > 0, torch.inf)
-            activation = JumpReLU(threshold.to(activation.threshold.dtype))
-            note = ("decoder norms folded into the thresholds",)
-        return replace(sae, activation=activation, decoder_norm="none", notes=sae.notes + note)
+    norm = torch.linalg.vector_norm(sae.W_dec, dim=-1, dtype=torch.float64)
+    norm = norm.to(torch.promote_types(sae.W_dec.dtype, torch.float32))
+    if sae.decoder_norm == "selection" and isinstance(sae.activation, JumpReLU):
+        # Without a direction a latent's score is 0, which is above no threshold: infinity keeps it so.
+        threshold = (sae.activation.threshold.clamp_min(0) / norm).where(norm > 0, torch.inf)
+        activation = JumpReLU(threshold.to(sae.activation.threshold.dtype))
+        notes = (*sae.notes, "decoder norms folded into the thresholds")
+        return replace(sae, activation=activation, decoder_norm="none", notes=notes)
     note = "decoder norms folded into W_enc, b_enc and W_dec"
     if sae.decoder_norm == "selection":
         note += ", so that latents are larger by their norms"

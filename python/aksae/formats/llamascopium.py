@@ -45,15 +45,18 @@ def unpack(files: dict[str, Any]) -> StoredSAE:
     agree(_CONFIG, "expansion_factor", int(d_in * fields.take("expansion_factor", float)), d_sae)
     hook_in, hook_out = (fields.take(f"hook_point_{way}", str) for way in ("in", "out"))
     weights = {"b_enc": tensors.take("b_E", d_sae), "W_dec": tensors.take("W_D", d_sae, d_in)}
+    activation = _activation(fields, tensors, d_sae)
+    # Scaled by a norm or not, a score is positive.
+    scaled = fields.take("sparsity_include_decoder_norm", bool, True) and not isinstance(activation, ReLU)
     has_bias = fields.take("use_decoder_bias", bool, True)
-    average_norms = {hook: tensors.pop(_AVERAGE_NORM + hook) for hook in (hook_in, hook_out)}
+    average_norms = {hook: tensors.pop(_AVERAGE_NORM + hook) for hook in dict.fromkeys((hook_in, hook_out))}
     sae = StoredSAE(
         W_enc,
         **weights,
         b_dec=tensors.take("b_D", d_in) if has_bias else W_enc.new_zeros(d_in),
-        activation=_activation(fields, tensors, d_sae),
+        activation=activation,
         subtract_b_dec=False,
-        decoder_norm="selection" if fields.take("sparsity_include_decoder_norm", bool, True) else "none",
+        decoder_norm="selection" if scaled else "none",
         transcoder=hook_in != hook_out,
         **_normalisation(fields, hook_in, hook_out, average_norms),
         hook_name=hook_in,

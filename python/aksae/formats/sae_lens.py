@@ -20,6 +20,8 @@ _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprel
 # The last two are training's; for inference SAELens itself saves their SAEs as JumpReLU.
 _ARCHITECTURES = ("standard", "topk", "jumprelu", *_TRANSCODERS, "batchtopk", "matryoshka_batchtopk")
 _INPUT_NORMS = ("none", "layer_norm", "constant_norm_rescale")
+# Applied by whoever runs the SAE, and made part of it by SAELens' own `fold_...` methods.
+_OUTSIDE = ("expected_average_only_in", "covariance_whitening")
 # The layout written, by its oldest version: SAELens takes files without one for older than 6.
 _VERSION = "6.0.0"
 
@@ -119,13 +121,11 @@ def _input_norm(fields: Fields, transcoder: bool) -> str:
     norm = fields.get("normalize_activations", "none")
     if isinstance(norm, bool):
         norm = "expected_average_only_in" if norm else "none"
-    if norm in ("expected_average_only_in", "covariance_whitening"):
-        raise UserError(
-            f"{_CONFIG}: normalize_activations: got {norm}, whose statistics are elsewhere, needs it folded"
-        )
-    if norm not in _INPUT_NORMS or (transcoder and norm != "none"):
-        raise UserError(f"{_CONFIG}: normalize_activations: got {norm}, needs {'none' if transcoder else _INPUT_NORMS}")
-    return norm
+    known = ("none",) if transcoder else _INPUT_NORMS
+    if norm in known:
+        return norm
+    reason = f", whose statistics are not in {_WEIGHTS}" if norm in _OUTSIDE else ""
+    raise UserError(f"{_CONFIG}: normalize_activations: got {norm}{reason}, needs {' or '.join(known)}")
 
 
 def _activation(architecture: str, k: int | None, tensors: Tensors, W_enc: Tensor) -> Activation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Union
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ class ReLU:
         return "ReLU"
 
 
-Activation = Union[TopK, AdaptiveK, JumpReLU, ReLU]  # noqa: UP007 - evaluated at run time, on Python 3.10 too
+Activation = TopK | AdaptiveK | JumpReLU | ReLU
 
 
 class Origin(NamedTuple):
