@@ -312,7 +312,7 @@ def test_help_names_the_commands(capsys):
         cli.main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("label", "train", "eval", "report"))
+    assert all(command in shown for command in ("label", "train", "eval", "report", "convert"))
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--steps", "many"])
     assert stop.value.code == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 
 D_IN, D_OUT, D_SAE, K = 12, 9, 48, 5
 HOOK = "blocks.3.hook_resid_post"
-# Read at sparsify's first import: its Triton decoder is taken wherever Triton is installed, a GPU or none.
-os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 
 
 def host(module: str, package: str) -> ModuleType:
@@ -29,7 +26,7 @@ def host(module: str, package: str) -> ModuleType:
 
 
 def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 X = randn(60, D_IN, seed=9)
@@ -214,6 +211,28 @@ def test_sae_lens_own_loader_fails_on_a_sparsify_file_and_the_converted_one_load
     close(model(X), output)
 
 
+def adaptive() -> AdaptiveKSAE:
+    model = AdaptiveKSAE(SAEConfig(D_IN, D_SAE, k_min=1, k_max=20, steepness=4.0, score_max=8.0, probe_reads="token"))
+    randomised(model).probe.bias.data.fill_(4)
+    assert len(model.k_for(X).unique()) > 5
+    return model
+
+
+def test_adaptivek_goes_to_sae_lens_and_back(sae_lens, tmp_path):
+    host("aksae.hosts.sae_lens", "sae-lens")
+    model = adaptive()
+    assert formats.save(model, tmp_path / "a", "sae_lens") == (
+        "read by SAELens where aksae.hosts.sae_lens is imported",
+    )
+    loaded = sae_lens.SAE.load_from_disk(tmp_path / "a")
+    assert torch.equal(loaded(X), model(X))
+    loaded.save_model(tmp_path / "b")
+    formats.convert(tmp_path / "b", tmp_path / "c", to="native")
+    back = AdaptiveKSAE.from_pretrained(tmp_path / "c")
+    assert back.config == model.config
+    assert torch.equal(back(X), model(X))
+
+
 # ------------------------------------------------------------------------------------------ dictionary_learning
 
 
@@ -267,6 +286,20 @@ def test_dictionary_learning_reads_what_is_written(dictionary_learning, tmp_path
         latents = latents / sae.W_dec.norm(dim=-1)
     same(sae, latents, model(X))
     assert config["trainer"]["submodule_name"] == HOOK
+
+
+def test_adaptivek_goes_to_dictionary_learning_and_back(dictionary_learning, tmp_path):
+    from aksae.hosts.dictionary_learning import AutoEncoderAdaptiveK
+
+    model = adaptive()
+    assert formats.save(model, tmp_path / "a", "dictionary_learning") == ()
+    loaded = AutoEncoderAdaptiveK.from_pretrained(tmp_path / "a" / "ae.pt")
+    assert torch.equal(loaded(X), model(X))
+    torch.save(loaded.state_dict(), tmp_path / "a" / "ae.pt")
+    formats.convert(tmp_path / "a", tmp_path / "b", to="native")
+    back = AdaptiveKSAE.from_pretrained(tmp_path / "b")
+    assert back.config == model.config
+    assert torch.equal(back(X), model(X))
 
 
 # ------------------------------------------------------------------------------------------------ Llamascopium

@@ -5,8 +5,8 @@
 | `native`              | `config.json`, `sae.safetensors`           | AdaptiveK, TopK         |                      |
 | `adaptivek`           | `dynamic_config.json`, `ae.pt`, `probe.pt` | AdaptiveK               |                      |
 | `sparsify`            | `cfg.json`, `sae.safetensors`              | TopK                    | TopK; skip           |
-| `sae_lens`            | `cfg.json`, `sae_weights.safetensors`      | TopK, JumpReLU, ReLU    | JumpReLU, ReLU; skip |
-| `dictionary_learning` | `config.json`, `ae.pt`                     | TopK, JumpReLU, ReLU    |                      |
+| `sae_lens`            | `cfg.json`, `sae_weights.safetensors`      | all four                | JumpReLU, ReLU; skip |
+| `dictionary_learning` | `config.json`, `ae.pt`                     | all four                |                      |
 | `openai`              | one `.pt`                                  | TopK (layer norm), ReLU |                      |
 | `llamascopium`        | `config.json`, `sae_weights.safetensors`   | TopK, JumpReLU, ReLU    | TopK, JumpReLU, ReLU |
 | `circuit_tracer`      | one `.safetensors` a layer                 |                         | JumpReLU, ReLU; skip |
@@ -91,7 +91,7 @@ def save(
         overwrite: whether what already stands there may be replaced.
 
     Returns:
-        What was assumed or folded on the way, in words; empty where the bits of all weights are as they were.
+        What was assumed, folded or left out on the way, in words; empty where the bits of all weights are as they were.
 
     Raises:
         UserError: the format cannot hold this SAE (the message says why), or the destination is there already.
@@ -104,8 +104,11 @@ def save(
     if sae.origin is not None and sae.origin.format == format:
         files = sae.origin.files
     else:
-        sae = fit(sae, format, module.needs(sae))
-        files = module.pack(sae)
+        try:
+            sae = fit(sae, module.needs(sae))
+            files = module.pack(sae)
+        except UserError as error:
+            raise UserError(f"{format}: {error}") from error
     (path.parent if "" in files else path).mkdir(parents=True, exist_ok=True)
     for file, content in files.items():
         _WRITE.get((path / file).suffix, write_pickle)(path / file, content)

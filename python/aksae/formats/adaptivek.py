@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import ProbeReads, SAEConfig, validate_sae
 from ..errors import UserError
-from .folding import Needs
+from .folding import Needs, left_out
 from .native import probe_of
 from .reading import Fields, Tensors, agree
 from .stored import AdaptiveK, StoredSAE
@@ -76,7 +76,7 @@ def unpack(
 
 
 def needs(sae: StoredSAE) -> Needs:
-    return Needs((AdaptiveK,), subtract_b_dec=True)
+    return Needs((AdaptiveK,), subtract_b_dec=True, note=left_out(sae.activation, "last"))
 
 
 def pack(sae: StoredSAE) -> dict[str, Any]:
@@ -84,9 +84,7 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
     for name, value in _MAP.items():
         if getattr(config, name) != value:
             got = f"{getattr(config, name):g}"
-            raise UserError(f"adaptivek: {name}: got {got}, needs {value:g}, all that the authors' code knows")
-    if config.probe_reads == "mean":
-        raise UserError("adaptivek: probe_reads: got mean, needs last or token: the authors' code reads single vectors")
+            raise UserError(f"{name}: got {got}, needs {value:g}, all that the authors' code knows")
     return {
         _CONFIG: {
             "activation_dim": sae.d_in,

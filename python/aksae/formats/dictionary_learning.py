@@ -1,4 +1,8 @@
-"""dictionary_learning: `ae.pt` and `config.json`, whose `dict_class` says what the tensors are called."""
+"""`ae.pt` and `config.json`, whose `dict_class` says what the tensors are called.
+
+The class `AutoEncoderAdaptiveK` is that of `aksae.hosts.dictionary_learning`: its own `from_pretrained` reads it, the
+host's `load_dictionary` does not.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..config import SAEConfig, validate_sae
 from ..errors import UserError
-from .folding import Needs
+from .folding import Needs, left_out
+from .native import probe_of, probe_tensors
 from .reading import Fields, Tensors, agree
-from .stored import JumpReLU, ReLU, StoredSAE, TopK
+from .stored import Activation, AdaptiveK, JumpReLU, ReLU, StoredSAE, TopK
 
 _CONFIG, _WEIGHTS = "config.json", "ae.pt"
 # Classes of one nn.Linear each way, and those of bare matrices.
-_LINEAR = ("AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK", "BatchTopKSAE")
+_LINEAR = ("AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK", "BatchTopKSAE", "AutoEncoderAdaptiveK")
 _BARE = ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE")
-_TRAINERS = {
-    "AutoEncoder": "StandardTrainer",
-    "AutoEncoderNew": "StandardTrainerAprilUpdate",
-    "AutoEncoderTopK": "TopKTrainer",
-    "JumpReluAutoEncoder": "JumpReluTrainer",
-}
+# Of AutoEncoderAdaptiveK, in the order of its extra state.
+_MAP = ("k_min", "k_max", "steepness", "score_min", "score_max")
 
 
 def names(path: Path) -> tuple[str, ...]:
@@ -45,16 +48,7 @@ def unpack(files: dict[str, Any]) -> StoredSAE:
     d_sae, d_in = weights["W_enc"].shape
     agree(_CONFIG, "activation_dim", fields.take("activation_dim", int, d_in), d_in)
     agree(_CONFIG, "dict_size", fields.take("dict_size", int, d_sae), d_sae)
-    if kind == "AutoEncoderTopK":
-        activation = TopK(_k(fields, tensors))
-        tensors.pop("threshold")
-    elif kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
-        # Out of training they keep what is above one threshold, learned for a k that then plays no part.
-        activation = JumpReLU(tensors.take("threshold", any_float=True).expand(d_sae))
-    elif kind == "JumpReluAutoEncoder":
-        activation = JumpReLU(tensors.take("threshold", d_sae, any_float=True))
-    else:
-        activation = ReLU()
+    activation = _activation(kind, fields, tensors, weights["W_enc"])
     tensors.finish("k", "group_sizes")
     return StoredSAE(
         **weights,
@@ -66,7 +60,8 @@ def unpack(files: dict[str, Any]) -> StoredSAE:
 
 
 def needs(sae: StoredSAE) -> Needs:
-    return Needs((TopK, JumpReLU, ReLU), subtract_b_dec={TopK: True, JumpReLU: False}.get(type(sae.activation)))
+    subtract = {TopK: True, AdaptiveK: True, JumpReLU: False}.get(type(sae.activation))
+    return Needs((TopK, AdaptiveK, JumpReLU, ReLU), subtract, note=left_out(sae.activation, "token"))
 
 
 def pack(sae: StoredSAE) -> dict[str, Any]:
@@ -74,10 +69,15 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
     config = {"activation_dim": sae.d_in, "dict_size": sae.d_sae}
     if isinstance(sae.activation, TopK):
         if sae.activation.k == 0:
-            raise UserError("dictionary_learning: k: got 0, needs 1 or more")
+            raise UserError("k: got 0, needs 1 or more")
         kind, config["k"] = "AutoEncoderTopK", sae.activation.k
-        buffers = {"k": torch.tensor(sae.activation.k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
-        tensors = {"b_dec": sae.b_dec, **buffers, **linear}
+        tensors = {"b_dec": sae.b_dec, **_buffers(sae.activation.k), **linear}
+    elif isinstance(sae.activation, AdaptiveK):
+        own = sae.activation.config
+        score_to_k = [float(getattr(own, name)) for name in _MAP]
+        kind, config["k"] = "AutoEncoderAdaptiveK", own.k_max
+        tensors = {"b_dec": sae.b_dec, **_buffers(own.k_max), **probe_tensors(sae), **linear}
+        tensors["_extra_state"] = torch.tensor(score_to_k, dtype=torch.float64)
     elif isinstance(sae.activation, JumpReLU):
         kind = "JumpReluAutoEncoder"
         tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
@@ -87,8 +87,30 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
     else:
         kind, tensors = "AutoEncoderNew", {**linear, "decoder.bias": sae.b_dec}
     about = {"lm_name": sae.model_name, "submodule_name": sae.hook_name}
-    trainer = {"trainer_class": _TRAINERS[kind], "dict_class": kind, **config, **about}
+    trainer = {"dict_class": kind, **config, **about}
     return {_CONFIG: {"trainer": trainer, "buffer": {}}, _WEIGHTS: tensors}
+
+
+def _activation(kind: str, fields: Fields, tensors: Tensors, W_enc: Tensor) -> Activation:
+    d_sae, d_in = W_enc.shape
+    if kind == "AutoEncoderTopK":
+        tensors.pop("threshold")
+        return TopK(_k(fields, tensors))
+    if kind == "AutoEncoderAdaptiveK":
+        tensors.pop("threshold")
+        k_min, k_max, *others = tensors.take("_extra_state", len(_MAP), any_float=True).tolist()
+        score_to_k = dict(zip(_MAP, (int(k_min), int(k_max), *others), strict=True))
+        config = SAEConfig(d_in, d_sae, **score_to_k, probe_reads="token")
+        validate_sae(config)
+        return AdaptiveK(probe_of(tensors.take("probe.weight", d_in), tensors.take("probe.bias"), config), config)
+    if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+        # Out of training they keep what is above one threshold, learned for a k that then plays no part.
+        return JumpReLU(tensors.take("threshold", any_float=True).expand(d_sae))
+    return JumpReLU(tensors.take("threshold", d_sae, any_float=True)) if kind == "JumpReluAutoEncoder" else ReLU()
+
+
+def _buffers(k: int) -> dict[str, Tensor]:
+    return {"k": torch.tensor(k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
 
 
 def _linear(tensors: Tensors) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .stored import AdaptiveK, JumpReLU, ReLU, StoredSAE, TopK
+from .stored import Activation, AdaptiveK, JumpReLU, ReLU, StoredSAE, TopK
 
 _KEEPS = {
     TopK: "the k largest scores of a row",
@@ -35,27 +35,27 @@ class Needs:
     d_out: bool = False
     """Whether the output may be of another width than the input."""
     note: str = ""
-    """What writing this SAE rounds, if anything."""
+    """What writing this SAE rounds or leaves out, if anything."""
 
 
-def fit(sae: StoredSAE, format: str, needs: Needs) -> StoredSAE:
+def fit(sae: StoredSAE, needs: Needs) -> StoredSAE:
     """An SAE of the same latents and outputs that `needs` allow, its `notes` saying what was folded.
 
     Folding is exact up to one rounding of the weights. Raises UserError with the reason where nothing fits.
     """
     if not isinstance(sae.activation, needs.activations):
         kind, kinds = type(sae.activation), " or ".join(kind.__name__ for kind in needs.activations)
-        raise UserError(f"{format}: got {kind.__name__}, which keeps {_KEEPS[kind]}, needs {kinds}")
+        raise UserError(f"got {kind.__name__}, which keeps {_KEEPS[kind]}, needs {kinds}")
     if needs.transcoder is not None and sae.transcoder != needs.transcoder:
         kinds = ("an autoencoder", "a transcoder")
-        raise UserError(f"{format}: got {kinds[sae.transcoder]}, needs {kinds[needs.transcoder]}")
+        raise UserError(f"got {kinds[sae.transcoder]}, needs {kinds[needs.transcoder]}")
     if sae.W_skip is not None and not needs.skip:
-        raise UserError(f"{format}: got a skip connection, needs an SAE without")
+        raise UserError("got a skip connection, needs an SAE without")
     if sae.W_dec.shape[1] != sae.d_in and not needs.d_out:
-        raise UserError(f"{format}: got {sae.d_in} inputs and {sae.W_dec.shape[1]} outputs, needs as many of both")
+        raise UserError(f"got {sae.d_in} inputs and {sae.W_dec.shape[1]} outputs, needs as many of both")
     if sae.input_norm not in needs.input_norm:
         norms = " or ".join(needs.input_norm)
-        raise UserError(f"{format}: got the input normalisation {sae.input_norm}, needs {norms}")
+        raise UserError(f"got the input normalisation {sae.input_norm}, needs {norms}")
     scaled = not sae.input_scale == sae.output_scale == 1
     # Scales change decoder norms, so these go first.
     if sae.decoder_norm != "none" and (scaled or sae.decoder_norm not in needs.decoder_norm):
@@ -65,6 +65,20 @@ def fit(sae: StoredSAE, format: str, needs: Needs) -> StoredSAE:
     if needs.subtract_b_dec not in (None, sae.subtract_b_dec):
         sae = _fold_b_dec(sae)
     return replace(sae, notes=(*sae.notes, needs.note)) if needs.note else sae
+
+
+def left_out(activation: Activation, read_as: str) -> str:
+    """What a format does not say of an AdaptiveK SAE that it takes to read `read_as`; "" where that is nothing.
+
+    Its host gives every vector a k of its own; UserError where the probe was not fitted to single vectors.
+    """
+    if not isinstance(activation, AdaptiveK):
+        return ""
+    reads, penalty = activation.config.probe_reads, activation.config.probe_lambda
+    if reads == "mean":
+        raise UserError("probe_reads: got mean, needs last or token: the host's probe reads single vectors")
+    parts = [f"probe_reads = {reads}"] * (reads != read_as) + [f"probe_lambda = {penalty}"] * (penalty is not None)
+    return f"not written: {', '.join(parts)}" if parts else ""
 
 
 def exactly(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -151,5 +151,5 @@ def _logarithm(threshold: Tensor, dtype: torch.dtype) -> Tensor:
     threshold = threshold.double().clamp_min(0)
     log = threshold.log().to(dtype)
     if not torch.allclose(log.double().exp(), threshold, rtol=1e-5, atol=0):
-        raise UserError(f"llamascopium: threshold: got values whose logarithms {dtype} cannot hold, needs float32")
+        raise UserError(f"threshold: got values whose logarithms {dtype} cannot hold, needs float32")
     return log

@@ -52,10 +52,15 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
         config = SAEConfig(sae.d_in, sae.d_sae, k=sae.activation.k)
     else:
         config = sae.activation.config
-        for name, tensor in sae.activation.probe.state_dict().items():
-            tensors[f"probe.{name}"] = exactly(tensor, sae.W_enc.dtype, f"probe.{name}")
+        tensors |= probe_tensors(sae)
     validate_sae(config)
     return {CONFIG: to_dict(config), WEIGHTS: tensors}
+
+
+def probe_tensors(sae: StoredSAE) -> dict[str, Tensor]:
+    """`probe.weight [D]` and `probe.bias []`, in the weights' dtype."""
+    tensors = {f"probe.{name}": tensor for name, tensor in sae.activation.probe.state_dict().items()}
+    return {name: exactly(tensor, sae.W_enc.dtype, name) for name, tensor in tensors.items()}
 
 
 def probe_of(weight: Tensor, bias: Tensor, config: SAEConfig) -> ComplexityProbe:

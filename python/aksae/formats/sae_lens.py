@@ -1,6 +1,7 @@
 """SAELens: `cfg.json` and `sae_weights.safetensors`, of version 6 or older, of an inference SAE or a training one.
 
-An SAE of `hook_z` acts on the heads of a token side by side, in one vector.
+The architecture `adaptivek` is that of `aksae.hosts.sae_lens`. An SAE of `hook_z` acts on the heads of a token side by
+side, in one vector.
 """
 
 from __future__ import annotations
@@ -10,15 +11,20 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import SAEConfig, from_dict, to_dict, validate_sae
 from ..errors import UserError
 from .folding import Needs, exactly
+from .native import probe_of, probe_tensors
 from .reading import Fields, Tensors, agree
-from .stored import Activation, JumpReLU, ReLU, StoredSAE, TopK
+from .stored import Activation, AdaptiveK, JumpReLU, ReLU, StoredSAE, TopK
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_NAMES = {TopK: "topk", AdaptiveK: "adaptivek", JumpReLU: "jumprelu", ReLU: "standard"}
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 # The last two are training's; for inference SAELens itself saves their SAEs as JumpReLU.
-_ARCHITECTURES = ("standard", "topk", "jumprelu", *_TRANSCODERS, "batchtopk", "matryoshka_batchtopk")
+_ARCHITECTURES = ("standard", "topk", "jumprelu", "adaptivek", *_TRANSCODERS, "batchtopk", "matryoshka_batchtopk")
+# Of `adaptivek`, as in this project's own SAEConfig.
+_MAP = ("k_min", "k_max", "steepness", "score_min", "score_max", "probe_reads", "probe_lambda")
 _INPUT_NORMS = ("none", "layer_norm", "constant_norm_rescale")
 # Applied by whoever runs the SAE, and made part of it by SAELens' own `fold_...` methods.
 _OUTSIDE = ("expected_average_only_in", "covariance_whitening")
@@ -52,7 +58,7 @@ def unpack(files: dict[str, Any]) -> StoredSAE:
         tensors.take("b_enc", d_sae),
         tensors.take("W_dec", d_sae, d_out),
         tensors.take("b_dec", d_out),
-        activation=_activation(architecture, k, tensors, W_enc),
+        activation=_activation(architecture, k, fields, tensors, W_enc),
         subtract_b_dec=not transcoder and fields.take("apply_b_dec_to_input", bool, True),
         decoder_norm="codes" if fields.take("rescale_acts_by_decoder_norm", bool, False) else "none",
         input_norm=input_norm,
@@ -68,15 +74,16 @@ def needs(sae: StoredSAE) -> Needs:
     if sae.transcoder:
         return Needs((ReLU, JumpReLU), subtract_b_dec=False, transcoder=True, skip=True, d_out=True)
     return Needs(
-        (TopK, JumpReLU, ReLU),
+        (TopK, AdaptiveK, JumpReLU, ReLU),
         subtract_b_dec=None,
         decoder_norm=("none", "codes") if isinstance(sae.activation, TopK) else ("none",),
         input_norm=_INPUT_NORMS,
+        note="read by SAELens where aksae.hosts.sae_lens is imported" if isinstance(sae.activation, AdaptiveK) else "",
     )
 
 
 def pack(sae: StoredSAE) -> dict[str, Any]:
-    architecture = {TopK: "topk", JumpReLU: "jumprelu", ReLU: "standard"}[type(sae.activation)]
+    architecture = _NAMES[type(sae.activation)]
     tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     if isinstance(sae.activation, JumpReLU):
         tensors["threshold"] = exactly(sae.activation.threshold, sae.W_enc.dtype, "threshold")
@@ -98,6 +105,9 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
         config["d_out"] = sae.W_dec.shape[1]
         if sae.W_skip is not None:
             tensors["W_skip"] = sae.W_skip
+    elif architecture == "adaptivek":
+        config |= {name: value for name, value in to_dict(sae.activation.config).items() if name in _MAP}
+        tensors |= probe_tensors(sae)
     elif architecture == "topk":
         config |= {"k": sae.activation.k, "rescale_acts_by_decoder_norm": sae.decoder_norm == "codes"}
     return {_CONFIG: config | {"architecture": architecture}, _WEIGHTS: tensors}
@@ -128,9 +138,16 @@ def _input_norm(fields: Fields, transcoder: bool) -> str:
     raise UserError(f"{_CONFIG}: normalize_activations: got {norm}{reason}, needs {' or '.join(known)}")
 
 
-def _activation(architecture: str, k: int | None, tensors: Tensors, W_enc: Tensor) -> Activation:
+def _activation(architecture: str, k: int | None, fields: Fields, tensors: Tensors, W_enc: Tensor) -> Activation:
     if k is not None:
         return TopK(k)
+    if architecture == "adaptivek":
+        d_sae, d_in = W_enc.shape
+        given = {name: fields.get(name) for name in _MAP if fields.get(name) is not None}
+        config = from_dict(SAEConfig, {"d_in": d_in, "d_sae": d_sae, **given}, _CONFIG)
+        validate_sae(config)
+        weight, bias = tensors.take("probe.weight", d_in), tensors.take("probe.bias")
+        return AdaptiveK(probe_of(weight, bias, config), config)
     if "batchtopk" in architecture:
         # Rounded to the weights' dtype, as SAELens does when it saves the SAE for inference.
         return JumpReLU(tensors.take("topk_threshold", any_float=True).to(W_enc.dtype).expand(len(W_enc)))

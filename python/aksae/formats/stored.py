@@ -127,7 +127,7 @@ class StoredSAE:
     hook_name_out: str | None = None
     """The language model and the places in it, where the file names them."""
     notes: tuple[str, ...] = ()
-    """What was assumed while loading or folded while converting, in words."""
+    """What was assumed while loading, or folded or left out while converting, in words."""
     origin: Origin | None = field(default=None, init=False, repr=False)
     """Set by `load`. `dataclasses.replace` makes a copy without one."""
 
