@@ -685,7 +685,10 @@ def test_folding_rounds_the_weights_once(tmp_path, dtype):
     tensors = example.files["sae_weights.safetensors"]
     tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
     sae = formats.load(put(tmp_path / "a", example.files))
-    assert formats.save(sae, tmp_path / "b", "native") == ("decoder norms folded into W_enc, b_enc and W_dec",)
+    rounded = ", rounded to bfloat16" if dtype == torch.bfloat16 else ""
+    assert formats.save(sae, tmp_path / "b", "native") == (
+        f"decoder norms folded into W_enc, b_enc and W_dec{rounded}",
+    )
     folded = formats.load(tmp_path / "b")
     norm = sae.W_dec.double().norm(dim=-1)
     for got, wanted in ((folded.W_enc, sae.W_enc.double() * norm[:, None]), (folded.b_enc, sae.b_enc.double() * norm)):
@@ -801,6 +804,19 @@ def test_an_edited_sae_is_written_as_edited(tmp_path):
     edited = dataclasses.replace(sae, W_enc=2 * sae.W_enc)
     formats.save(edited, tmp_path / "b", "dictionary_learning")
     assert torch.equal(formats.load(tmp_path / "b").W_enc, 2 * sae.W_enc)
+
+
+@pytest.mark.parametrize("make", [adaptivek, sae_lens_jumprelu, openai_topk, circuit_tracer_relu_with_skip])
+def test_moving_takes_every_tensor_along(tmp_path, make):
+    example = make()
+    sae = formats.load(put(place(tmp_path, example.format), example.files))
+    moved = sae.to(torch.float32)
+    assert moved.origin is None
+    assert sae.W_enc.dtype == torch.float64
+    assert moved(X.float()).dtype == torch.float32
+    torch.testing.assert_close(moved(X.float()).double(), example.output(X), rtol=1e-4, atol=1e-4)
+    formats.save(moved, place(tmp_path, example.format, "moved"), example.format)
+    close(sae(X), example.output(X))
 
 
 def test_decoding_needs_the_input_where_it_counts(tmp_path):
@@ -1004,10 +1020,22 @@ def test_cross_layer_transcoders_are_refused(tmp_path):
     assert "got a cross-layer transcoder" in refused(path / "W_enc_0.safetensors")
 
 
+@pytest.mark.parametrize("name", ["checkpoints/pruned.safetensors", "checkpoints/final.pt"])
+def test_llamascopium_has_other_names_for_its_weights(tmp_path, name):
+    files = llamascopium_topk_by_decoder_norm().files
+    tensors = files.pop("sae_weights.safetensors")
+    files[name] = {"sae": tensors} if name.endswith(".pt") else tensors
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    sae = formats.load(put(tmp_path / "a", files))
+    close(sae(X), llamascopium_topk_by_decoder_norm().output(X))
+    formats.save(sae, tmp_path / "b", "llamascopium")
+    assert contents(tmp_path / "b" / name) == contents(tmp_path / "a" / name)
+
+
 def test_distributed_checkpoints_are_refused(tmp_path):
     (tmp_path / "sae_weights.dcp").mkdir()
     (tmp_path / "config.json").write_text("{}")
-    assert "got a distributed checkpoint, needs sae_weights.safetensors" in refused(tmp_path)
+    assert "sae_weights.dcp: got a distributed checkpoint, needs one file" in refused(tmp_path)
 
 
 def test_a_format_that_is_not_clear(tmp_path):

@@ -109,8 +109,8 @@ def save(
             files = module.pack(sae)
         except UserError as error:
             raise UserError(f"{format}: {error}") from error
-    (path.parent if "" in files else path).mkdir(parents=True, exist_ok=True)
     for file, content in files.items():
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
         _WRITE.get((path / file).suffix, write_pickle)(path / file, content)
     return sae.notes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def fit(sae: StoredSAE, needs: Needs) -> StoredSAE:
         sae = _fold_scales(sae)
     if needs.subtract_b_dec not in (None, sae.subtract_b_dec):
         sae = _fold_b_dec(sae)
-    return replace(sae, notes=(*sae.notes, needs.note)) if needs.note else sae
+    return _noted(sae, needs.note) if needs.note else sae
 
 
 def left_out(activation: Activation, read_as: str) -> str:
@@ -96,31 +97,31 @@ def _fold_decoder_norm(sae: StoredSAE) -> StoredSAE:
         # Without a direction a latent's score is 0, which is above no threshold: infinity keeps it so.
         threshold = (sae.activation.threshold.clamp_min(0) / norm).where(norm > 0, torch.inf)
         activation = JumpReLU(threshold.to(sae.activation.threshold.dtype))
-        notes = (*sae.notes, "decoder norms folded into the thresholds")
-        return replace(sae, activation=activation, decoder_norm="none", notes=notes)
+        return _noted(sae, "decoder norms folded into the thresholds", activation=activation, decoder_norm="none")
     note = "decoder norms folded into W_enc, b_enc and W_dec"
     if sae.decoder_norm == "selection":
         note += ", so that latents are larger by their norms"
     dtype = sae.W_enc.dtype
-    return replace(
+    return _noted(
         sae,
+        note + _rounded(sae),
         W_enc=(sae.W_enc * norm[:, None]).to(dtype),
         b_enc=(sae.b_enc * norm).to(dtype),
         W_dec=(sae.W_dec / norm.where(norm > 0, 1)[:, None]).to(dtype),
         decoder_norm="none",
-        notes=(*sae.notes, note),
     )
 
 
 def _fold_scales(sae: StoredSAE) -> StoredSAE:
-    return replace(
+    scales = " and ".join(f"{scale:.6g}" for scale in dict.fromkeys((sae.input_scale, sae.output_scale)))
+    return _noted(
         sae,
+        f"activations' scale {scales} folded into W_enc, W_dec and b_dec{_rounded(sae)}",
         W_enc=sae.W_enc * sae.input_scale,
         W_dec=sae.W_dec / sae.output_scale,
         b_dec=sae.b_dec / sae.output_scale,
         input_scale=1.0,
         output_scale=1.0,
-        notes=(*sae.notes, f"the scale {sae.input_scale:.6g} of the input folded into W_enc, W_dec and b_dec"),
     )
 
 
@@ -129,9 +130,19 @@ def _fold_b_dec(sae: StoredSAE) -> StoredSAE:
     b_dec = sae.b_dec.double()
     shift = torch.cat([rows.double() @ b_dec for rows in sae.W_enc.split(_CHUNK)])
     sign = -1 if sae.subtract_b_dec else 1
-    return replace(
+    return _noted(
         sae,
+        f"W_enc b_dec {'subtracted from' if sign < 0 else 'added to'} b_enc{_rounded(sae)}",
         b_enc=(sae.b_enc.double() + sign * shift).to(sae.b_enc.dtype),
         subtract_b_dec=not sae.subtract_b_dec,
-        notes=(*sae.notes, f"W_enc b_dec {'subtracted from' if sign < 0 else 'added to'} b_enc"),
     )
+
+
+def _noted(sae: StoredSAE, note: str, **fields: Any) -> StoredSAE:
+    return replace(sae, **fields, notes=(*sae.notes, note))
+
+
+def _rounded(sae: StoredSAE) -> str:
+    """What to say of folding into 16-bit weights: the rounding shows."""
+    name = str(sae.W_enc.dtype).removeprefix("torch.")
+    return f", rounded to {name}" if sae.W_enc.dtype.itemsize == 2 else ""

@@ -1,4 +1,4 @@
-"""Llamascopium (Language-Model-SAEs): `config.json` and `sae_weights.safetensors`, or `.pt`.
+"""Llamascopium (Language-Model-SAEs): `config.json` and `sae_weights.safetensors`, or others of its names for it.
 
 Its SAE is given normalised activations; here normalising and undoing it are parts of the SAE.
 """
@@ -17,21 +17,23 @@ from .folding import Needs
 from .reading import Fields, Tensors, agree
 from .stored import Activation, JumpReLU, ReLU, StoredSAE, TopK
 
-_CONFIG, _WEIGHTS, _PICKLE, _SHARDED = "config.json", "sae_weights.safetensors", "sae_weights.pt", "sae_weights.dcp"
+_CONFIG, _WEIGHTS = "config.json", "sae_weights.safetensors"
+_STEMS = ("sae_weights", "checkpoints/pruned", "checkpoints/final")
+_SHARDED = ".dcp"
 _LOG_THRESHOLD = "activation_function.log_jumprelu_threshold"
 _AVERAGE_NORM = "dataset_average_activation_norm."
 _ACT_FN = {TopK: "topk", JumpReLU: "jumprelu", ReLU: "relu"}
 
 
 def names(path: Path) -> tuple[str, ...]:
-    if (path / _SHARDED).exists() and not (path / _WEIGHTS).exists():
-        raise UserError(f"{path / _SHARDED}: got a distributed checkpoint, needs {_WEIGHTS} or {_PICKLE}")
-    pickled = (path / _PICKLE).exists() and not (path / _WEIGHTS).exists()
-    return _CONFIG, _PICKLE if pickled else _WEIGHTS
+    weights = _weights(path) or _WEIGHTS
+    if weights.endswith(_SHARDED):
+        raise UserError(f"{path / weights}: got a distributed checkpoint, needs one file, such as {_WEIGHTS}")
+    return _CONFIG, weights
 
 
 def recognises(path: Path) -> bool:
-    return (path / _CONFIG).is_file() and any((path / name).exists() for name in (_WEIGHTS, _PICKLE, _SHARDED))
+    return (path / _CONFIG).is_file() and _weights(path) is not None
 
 
 def unpack(files: dict[str, Any]) -> StoredSAE:
@@ -100,11 +102,16 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
     return {_CONFIG: config, _WEIGHTS: tensors}
 
 
+def _weights(path: Path) -> str | None:
+    """The name of the weights, in the order in which the host looks for them."""
+    candidates = [stem + suffix for stem in _STEMS for suffix in (".safetensors", ".pt", _SHARDED)]
+    return next((name for name in candidates if (path / name).exists()), None)
+
+
 def _tensors(files: dict[str, Any]) -> Tensors:
-    if _WEIGHTS in files:
-        return Tensors(_WEIGHTS, files[_WEIGHTS])
-    outer = Tensors(_PICKLE, files[_PICKLE])
-    return Tensors(_PICKLE, outer.pop("sae"))
+    (name,) = files.keys() - {_CONFIG}
+    # A pickle has the tensors beside the version.
+    return Tensors(name, Tensors(name, files[name]).pop("sae") if name.endswith(".pt") else files[name])
 
 
 def _activation(fields: Fields, tensors: Tensors, d_sae: int) -> Activation:

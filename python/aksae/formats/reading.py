@@ -75,13 +75,14 @@ class Tensors:
         fits = tensor.ndim == len(shape) and all(n in (None, m) for m, n in zip(tensor.shape, shape))
         if not fits:
             raise UserError(f"{self.file}: tensor {name}: got shape {list(tensor.shape)}, needs [{needed}]")
-        if tensor.dtype not in _DTYPES:
-            raise UserError(f"{self.file}: tensor {name}: got {tensor.dtype}, needs a floating dtype")
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+            got = f"{tensor.dtype} in layout {tensor.layout}"
+            raise UserError(f"{self.file}: tensor {name}: got {got}, needs a floating dtype, dense")
         if not any_float:
             self._dtype = self._dtype or tensor.dtype
             if tensor.dtype != self._dtype:
                 raise UserError(f"{self.file}: tensor {name}: got {tensor.dtype}, needs {self._dtype}, as those before")
-        return tensor
+        return tensor.detach()
 
     def take_if(self, name: str, *shape: int | None) -> Tensor | None:
         """`take`, or None where there is no such tensor."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -34,6 +35,9 @@ class TopK:
     def k_bound(self) -> int:
         return self.k
 
+    def to(self, *args: Any, **kwargs: Any) -> TopK:
+        return self
+
     def __str__(self) -> str:
         return f"TopK, k = {self.k}"
 
@@ -53,6 +57,9 @@ class AdaptiveK:
     def k_bound(self) -> int:
         return self.config.k_max
 
+    def to(self, *args: Any, **kwargs: Any) -> AdaptiveK:
+        return replace(self, probe=deepcopy(self.probe).to(*args, **kwargs))
+
     def __str__(self) -> str:
         return f"AdaptiveK, k = {self.config.k_min}..{self.config.k_max}"
 
@@ -63,6 +70,9 @@ class JumpReLU:
 
     threshold: Tensor
 
+    def to(self, *args: Any, **kwargs: Any) -> JumpReLU:
+        return replace(self, threshold=self.threshold.to(*args, **kwargs))
+
     def __str__(self) -> str:
         return "JumpReLU"
 
@@ -70,6 +80,9 @@ class JumpReLU:
 @dataclass(frozen=True)
 class ReLU:
     """Every positive score."""
+
+    def to(self, *args: Any, **kwargs: Any) -> ReLU:
+        return self
 
     def __str__(self) -> str:
         return "ReLU"
@@ -145,6 +158,12 @@ class StoredSAE:
     @property
     def d_in(self) -> int:
         return self.W_enc.shape[1]
+
+    def to(self, *args: Any, **kwargs: Any) -> StoredSAE:
+        """A copy, without `origin`, of which every tensor is `tensor.to(*args, **kwargs)`."""
+        parts = {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip", "activation")}
+        moved = {name: part.to(*args, **kwargs) for name, part in parts.items() if part is not None}
+        return replace(self, **moved)
 
     def encode(self, x: Tensor) -> SparseCodes:
         """Latents of `x [..., D]`, as the host's own encoder gives them but sparse.
