@@ -679,6 +679,23 @@ def test_what_is_not_folded_comes_back_bit_for_bit(name, tmp_path):
     assert unfolded == UNFOLDED.get(name, set())
 
 
+@pytest.mark.parametrize(
+    ("make", "file", "fields"),
+    [
+        (sae_lens_jumprelu, "cfg.json", ["apply_b_dec_to_input", "normalize_activations", "metadata", "dtype"]),
+        (sae_lens_transcoder_of_another_width, "cfg.json", ["apply_b_dec_to_input"]),
+        (sparsify_of_expansion_factor, "cfg.json", ["activation", "num_latents", "skip_connection", "transcode"]),
+        (openai_relu, "", ["activation", "activation_state_dict", "latents_mean_square"]),
+        (llamascopium_topk_by_decoder_norm, "config.json", ["sparsity_include_decoder_norm", "use_glu_encoder"]),
+        (adaptivek, "dynamic_config.json", ["activation_dim", "dict_size", "base_k"]),
+    ],
+)
+def test_what_a_file_leaves_out_is_the_hosts_default(tmp_path, make, file, fields):
+    example = make()
+    files = changed(json_copy(example.files), file, **dict.fromkeys(fields))
+    close(formats.load(put(place(tmp_path, example.format), files))(X), example.output(X))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_folding_rounds_the_weights_once(tmp_path, dtype):
     example = sae_lens_topk_by_decoder_norm()
@@ -706,13 +723,20 @@ def test_a_latent_without_a_direction_stays_silent(tmp_path):
     assert not latents[:, ::3].any()
     close(folded.encode(X).to_dense(D_SAE), latents)
     close(folded(X), sae(X))
-    assert torch.isfinite(sae(X)).all()
+    assert torch.isfinite(folded.W_dec).all()
 
     by_norm = llamascopium_jumprelu_by_decoder_norm_and_scale()
-    by_norm.files["sae_weights.safetensors"]["W_D"][::3] = 0
+    tensors = by_norm.files["sae_weights.safetensors"]
+    tensors["W_D"][::3] = 0
+    tensors["activation_function.log_jumprelu_threshold"][:10] = -torch.inf
     sae = formats.load(put(tmp_path / "c", by_norm.files))
+    codes = sae.encode(X)
+    assert torch.isfinite(codes.values).all()
+    assert not codes.to_dense(D_SAE)[:, ::3].any()
     formats.save(sae, tmp_path / "d", "sae_lens")
-    close(formats.load(tmp_path / "d").encode(X).to_dense(D_SAE), sae.encode(X).to_dense(D_SAE))
+    folded = formats.load(tmp_path / "d")
+    assert not folded.activation.threshold.isnan().any()
+    close(folded.encode(X).to_dense(D_SAE), codes.to_dense(D_SAE))
 
 
 @pytest.mark.parametrize(
