@@ -278,7 +278,7 @@ def test_a_label_file_that_cannot_be_written(inputs, tmp_path, capsys, out):
 def test_a_run_that_is_cut_off_keeps_its_last_checkpoint(
     settings, tmp_path, monkeypatch, capsys, error, status, message
 ):
-    from aksae import formats
+    from aksae import files
 
     calls, replace = [], os.replace
 
@@ -290,7 +290,7 @@ def test_a_run_that_is_cut_off_keeps_its_last_checkpoint(
                 raise error
         replace(source, target)
 
-    monkeypatch.setattr(formats.os, "replace", cut_off)
+    monkeypatch.setattr(files.os, "replace", cut_off)
     fails(capsys, message, "train", status=status, **settings, output=tmp_path / "run")
     AdaptiveKSAE.from_pretrained(tmp_path / "run" / "adaptivek")
     assert sorted(os.listdir(tmp_path / "run" / "adaptivek")) == ["config.json", "sae.safetensors"]
@@ -312,7 +312,7 @@ def test_help_names_the_commands(capsys):
         cli.main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("label", "train", "eval", "report"))
+    assert all(command in shown for command in ("label", "train", "eval", "report", "convert"))
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--steps", "many"])
     assert stop.value.code == 2

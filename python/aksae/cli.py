@@ -1,4 +1,4 @@
-"""The command `aksae`: label, train, eval, report."""
+"""The command `aksae`: label, train, eval, report, convert."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import tyro
 
 from .config import LabelConfig, ModelConfig, TextConfig, TrainConfig, cache_folder, validate_inputs
 from .errors import UserError
+from .formats import Format
 
 _COLUMNS = {
     "fvu": "FVU",
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 where all went well, 2 for bad input or a disk that refuses (one line on stderr), 130 for Ctrl-C.
     """
-    commands = {"label": label, "train": train, "eval": evaluate, "report": report}
+    commands = {"label": label, "train": train, "eval": evaluate, "report": report, "convert": convert}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="aksae", description=__doc__, args=arguments)
     except UserError as error:
@@ -76,7 +77,7 @@ def label(
     """
     from .activations import LanguageModel
     from .data import load_labelled
-    from .formats import atomic_file
+    from .files import atomic_file
 
     if out.suffix not in (".parquet", ".jsonl"):
         raise UserError(f"out: got {out}, needs a name that ends in .parquet or .jsonl")
@@ -132,6 +133,27 @@ def report(run: tyro.conf.Positional[Path]) -> None:
     from .report import write_report
 
     print(f"report: {write_report(run)}")
+
+
+def convert(
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")],
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")],
+    to: Format,
+    source_format: Annotated[Format | None, tyro.conf.arg(name="from")] = None,
+    overwrite: bool = False,
+) -> None:
+    """Convert the files of an SAE to another project's format, or refuse with the reason.
+
+    Args:
+        source: what the other project would be given: a folder, or the file of a format of one file.
+        target: the folder or file to write.
+        to: format to write.
+        source_format: format of SRC; None where the names of its files tell.
+        overwrite: write even where DST is there.
+    """
+    from .formats import convert
+
+    print(convert(source, target, to=to, source_format=source_format, overwrite=overwrite))
 
 
 def _print_table(evaluation: dict[str, Any]) -> None:

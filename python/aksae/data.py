@@ -17,7 +17,7 @@ from .activations import ActivationStore, LanguageModel, collect
 from .complexity import score_contexts
 from .config import LabelConfig, ModelConfig, ProbeReads, TextConfig
 from .errors import UserError
-from .formats import atomic_file
+from .files import atomic_file
 from .sae import AdaptiveKSAE
 from .text import ContextSet, load_contexts
 

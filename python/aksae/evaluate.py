@@ -15,7 +15,7 @@ from .activations import resolve_device
 from .config import ProbeReads, TrainConfig, cache_folder, from_dict, validate
 from .data import Batch, BatchReader, Split, context_key, context_vectors, load_data
 from .errors import UserError
-from .formats import read_json, write_json
+from .files import read_json, write_json
 from .metrics import ReconstructionMetrics
 from .sae import AdaptiveKSAE
 

@@ -8,6 +8,7 @@ import numbers
 import torch
 from torch import Tensor
 
+from .config import SAEConfig
 from .errors import UserError
 
 
@@ -62,6 +63,18 @@ def score_to_k(
     position = (score - score_min) / (score_max - score_min)
     k = k_min + torch.sigmoid(steepness * (position - 0.5)) * (k_max - k_min)
     return k.nan_to_num(nan=k_min).clamp(k_min, k_max).round().to(torch.int32)
+
+
+def k_of_score(score: Tensor, config: SAEConfig) -> Tensor:
+    """`score_to_k` with the map of `config`."""
+    return score_to_k(
+        score,
+        k_min=config.k_min,
+        k_max=config.k_max,
+        steepness=config.steepness,
+        score_min=config.score_min,
+        score_max=config.score_max,
+    )
 
 
 def _check_range(k_min: int, k_max: int, steepness: float, score_min: float, score_max: float) -> None:

@@ -12,8 +12,8 @@ from aksae_kernels import SparseCodes, sparse_decode, topk_encode
 
 from .config import SAEConfig, from_dict, to_dict, validate_sae
 from .errors import UserError
-from .formats import CONFIG, load_checkpoint, read_json, save_checkpoint
-from .k_policy import score_to_k
+from .files import CONFIG, load_checkpoint, read_json, save_checkpoint
+from .k_policy import k_of_score
 from .probe import ComplexityProbe
 
 
@@ -64,15 +64,7 @@ class AdaptiveKSAE(nn.Module):
         """k of each vector of `x [..., D]`, `[...]` int32."""
         if self.probe is None:
             return torch.full(x.shape[:-1], self.config.k, dtype=torch.int32, device=x.device)
-        config = self.config
-        return score_to_k(
-            self.probe(x),
-            k_min=config.k_min,
-            k_max=config.k_max,
-            steepness=config.steepness,
-            score_min=config.score_min,
-            score_max=config.score_max,
-        )
+        return k_of_score(self.probe(x), self.config)
 
     def encode(self, x: Tensor, k: int | Tensor | None = None, *, k_max: int | None = None) -> SparseCodes:
         """Codes of `x [..., D]`: per row the k largest positive pre-activations; a row with fewer positives has fewer.

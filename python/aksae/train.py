@@ -22,7 +22,7 @@ from .config import SAEConfig, TrainConfig, cache_folder, to_dict, validate
 from .data import Batch, BatchReader, Split, context_key, context_vectors, listed, load_data
 from .errors import UserError
 from .evaluate import ADAPTIVE, BASELINE, evaluate, mean_l0
-from .formats import finite, write_json
+from .files import finite, write_json
 from .losses import DeadLatents, DeviationWeight, SAELoss, deviation, probe_loss, sae_loss
 from .probe import ComplexityProbe, ProbeReport
 from .sae import AdaptiveKSAE

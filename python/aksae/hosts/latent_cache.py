@@ -18,7 +18,7 @@ from torch import Tensor
 from aksae_kernels import SparseCodes
 
 from ..errors import UserError
-from ..formats import atomic_file, write_json
+from ..files import atomic_file, write_json
 from ._codes import to_coo
 
 # delphi leaves out what is closer to 0.

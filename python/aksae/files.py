@@ -1,4 +1,4 @@
-"""Checkpoints and other files of a run, each written under a temporary name and renamed when complete."""
+"""Files of weights and settings, each written under a temporary name and renamed when complete."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import errno
 import json
 import math
 import os
+import pickle
 import re
-import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import UserError
@@ -25,40 +27,19 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], config: Mapping
 
     Raises OSError where the disk refuses; the weights that stood there before stay.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, config)
-    with atomic_file(folder / WEIGHTS) as temporary:
-        try:
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
-        except SafetensorError as error:
-            # safetensors tells a failed write by the text alone; a full disk should look like one.
-            code = re.search(r"os error (\d+)", str(error))
-            number = int(code[1]) if code else errno.EIO
-            raise OSError(number, os.strerror(number), str(folder / WEIGHTS)) from error
-        # safetensors lets only the owner read it; the config has the mode that new files have here.
-        shutil.copymode(folder / CONFIG, temporary)
+    write_tensors(folder / WEIGHTS, tensors)
 
 
 def load_checkpoint(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of `sae.safetensors` in `folder`: names and shapes must be those of `like`, all of one float dtype.
 
-    Raises UserError naming the tensor, what it got and what it needs, for a file that is missing, truncated or not
-    safetensors, and for a tensor that is missing, unknown or of another shape or dtype.
+    Raises UserError naming the tensor, what it got and what it needs, for a file that `read_tensors` refuses, and for a
+    tensor that is missing, unknown or of another shape or dtype.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{path}: got no such file, needs a checkpoint's weights")
-    _check_length(path)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: got a file that safetensors cannot read ({error}), needs a checkpoint") from error
+    tensors = read_tensors(path)
     for name in sorted(like.keys() ^ tensors.keys()):
         got, needed = ("none", "one") if name in like else ("one", f"only {', '.join(like)}")
         raise UserError(f"{path}: tensor {name}: got {got}, needs {needed}")
@@ -70,6 +51,73 @@ def load_checkpoint(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tenso
         if not tensor.is_floating_point() or tensor.dtype != dtype:
             raise UserError(f"{path}: tensor {name}: got {tensor.dtype}, needs the one floating dtype of all tensors")
     return tensors
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises UserError for a file that is missing, truncated (naming the tensor that is cut) or not safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"{path}: got no such file, needs a checkpoint's weights")
+    _check_length(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: got a file that safetensors cannot read ({error}), needs a checkpoint") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file. Raises OSError where the disk refuses; the file that stood there before stays."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_file(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
+        except SafetensorError as error:
+            # safetensors tells a failed write by the text alone; a full disk should look like one.
+            code = re.search(r"os error (\d+)", str(error))
+            number = int(code[1]) if code else errno.EIO
+            raise OSError(number, os.strerror(number), str(path)) from error
+        # safetensors lets only the owner read it; it gets the mode that new files have here.
+        temporary.chmod(mode)
+
+
+def read_pickle(path: Path) -> Any:
+    """What `torch.save` wrote to `path`, on the CPU: tensors, numbers, strings and containers of them, never code.
+
+    Raises UserError for a file that is missing, truncated or not torch's, and for one that names anything else to be
+    run when it is opened: that is never done.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Of another pickle protocol than torch's: it is read or refused all the same.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: got no such file, needs one that torch.save wrote") from error
+    except pickle.UnpicklingError as error:
+        reason = re.search(r"GLOBAL \S+|Unsupported [^\n]+", str(error))
+        raise UserError(
+            f"{path}: got a pickle that is refused ({reason[0] if reason else 'not readable'}), "
+            "needs tensors, numbers and strings only; anything else could run code"
+        ) from error
+    except (EOFError, RuntimeError, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or "it ends too early"
+        raise UserError(f"{path}: got a file that torch cannot read ({reason}), needs one of torch.save") from error
+
+
+def write_pickle(path: Path, values: Mapping[str, Any]) -> None:
+    """Write `values` by `torch.save`, tensors contiguous. Raises OSError where the disk refuses."""
+    plain = {name: value.contiguous() if isinstance(value, Tensor) else value for name, value in values.items()}
+    with atomic_file(path) as temporary:
+        torch.save(plain, temporary)
 
 
 def read_json(path: Path) -> Any:

@@ -1,0 +1,105 @@
+"""The layout of the AdaptiveK authors (hiyukie/adaptiveK): `ae.pt`, `probe.pt`, `dynamic_config.json`.
+
+Their probe is fitted to last tokens, and gives every vector a k of its own. The files hold neither the range of its
+scores nor the slope of the map nor the ridge penalty; the authors' code knows but one range, 0 to 10, and one slope, 6.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..config import ProbeReads, SAEConfig, validate_sae
+from ..errors import UserError
+from .folding import Needs, left_out
+from .native import probe_of
+from .reading import Fields, Tensors, agree
+from .stored import AdaptiveK, StoredSAE
+
+_WEIGHTS, _PROBE, _CONFIG = "ae.pt", "probe.pt", "dynamic_config.json"
+_MAP = {"steepness": 6.0, "score_min": 0.0, "score_max": 10.0}
+
+
+def names(path: Path) -> tuple[str, ...]:
+    return _CONFIG, _PROBE, _WEIGHTS
+
+
+def recognises(path: Path) -> bool:
+    return (path / _WEIGHTS).is_file() and (path / _CONFIG).is_file()
+
+
+def unpack(
+    files: dict[str, Any],
+    *,
+    steepness: float | None = None,
+    score_min: float | None = None,
+    score_max: float | None = None,
+    probe_reads: ProbeReads = "last",
+    probe_lambda: float | None = None,
+) -> StoredSAE:
+    """The arguments are what the files leave open, named as in `SAEConfig`; None stands for the authors' values."""
+    given = {"steepness": steepness, "score_min": score_min, "score_max": score_max}
+    assumed = {name: value for name, value in _MAP.items() if given[name] is None}
+    tensors = Tensors(_WEIGHTS, files[_WEIGHTS])
+    W_enc = tensors.take("encoder.weight", None, None)
+    d_sae, d_in = W_enc.shape
+    weights = {
+        "b_enc": tensors.take("encoder.bias", d_sae),
+        "W_dec": tensors.take("decoder.weight", d_in, d_sae).T,
+        "b_dec": tensors.take("b_dec", d_in),
+    }
+    tensors.finish()
+    probe = Tensors(_PROBE, files[_PROBE])
+    weight, bias = probe.take("weights", d_in, 1)[:, 0], probe.take("bias", 1)[0]
+    probe.finish()
+    fields = Fields(_CONFIG, files[_CONFIG])
+    agree(_CONFIG, "activation_dim", fields.take("activation_dim", int, d_in), d_in)
+    agree(_CONFIG, "dict_size", fields.take("dict_size", int, d_sae), d_sae)
+    config = SAEConfig(
+        d_in,
+        d_sae,
+        k_min=fields.take("min_k", int),
+        k_max=fields.take("max_k", int),
+        **{**given, **assumed},
+        probe_reads=probe_reads,
+        probe_lambda=probe_lambda,
+    )
+    validate_sae(config)
+    notes = (f"assumed, since the files do not say: {', '.join(f'{k} = {v:g}' for k, v in assumed.items())}",)
+    return StoredSAE(
+        W_enc,
+        **weights,
+        activation=AdaptiveK(probe_of(weight, bias, config), config),
+        subtract_b_dec=True,
+        notes=notes if assumed else (),
+    )
+
+
+def needs(sae: StoredSAE) -> Needs:
+    return Needs((AdaptiveK,), subtract_b_dec=True, note=left_out(sae.activation, "last"))
+
+
+def pack(sae: StoredSAE) -> dict[str, Any]:
+    config, probe = sae.activation.config, sae.activation.probe.state_dict()
+    for name, value in _MAP.items():
+        if getattr(config, name) != value:
+            got = f"{getattr(config, name):g}"
+            raise UserError(f"{name}: got {got}, needs {value:g}, all that the authors' code knows")
+    return {
+        _CONFIG: {
+            "activation_dim": sae.d_in,
+            "dict_size": sae.d_sae,
+            # The authors' default; their map does not use it.
+            "base_k": 80,
+            "min_k": config.k_min,
+            "max_k": config.k_max,
+            "trainer_type": "DynamicTopKTrainer",
+        },
+        _PROBE: {"weights": probe["weight"][:, None], "bias": probe["bias"][None]},
+        _WEIGHTS: {
+            "b_dec": sae.b_dec,
+            "encoder.weight": sae.W_enc,
+            "encoder.bias": sae.b_enc,
+            "decoder.weight": sae.W_dec.T,
+        },
+    }

@@ -1,0 +1,147 @@
+"""`ae.pt` and `config.json`, whose `dict_class` says what the tensors are called.
+
+The class `AutoEncoderAdaptiveK` is that of `aksae.hosts.dictionary_learning`: its own `from_pretrained` reads it, the
+host's `load_dictionary` does not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import SAEConfig, validate_sae
+from ..errors import UserError
+from .folding import Needs, left_out
+from .native import probe_of, probe_tensors
+from .reading import Fields, Tensors, agree
+from .stored import Activation, AdaptiveK, JumpReLU, ReLU, StoredSAE, TopK
+
+_CONFIG, _WEIGHTS = "config.json", "ae.pt"
+# Classes of one nn.Linear each way, and those of bare matrices.
+_LINEAR = ("AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK", "BatchTopKSAE", "AutoEncoderAdaptiveK")
+_BARE = ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE")
+# Of AutoEncoderAdaptiveK, in the order of its extra state.
+_MAP = ("k_min", "k_max", "steepness", "score_min", "score_max")
+
+
+def names(path: Path) -> tuple[str, ...]:
+    return _CONFIG, _WEIGHTS
+
+
+def recognises(path: Path) -> bool:
+    # The AdaptiveK authors' folders have these two as well.
+    return all((path / name).is_file() for name in names(path)) and not (path / "dynamic_config.json").is_file()
+
+
+def unpack(files: dict[str, Any]) -> StoredSAE:
+    fields = Fields(_CONFIG, files[_CONFIG]).inner("trainer")
+    kind = fields.take("dict_class", str)
+    if kind == "GatedAutoEncoder":
+        raise UserError(f"{_CONFIG}: dict_class: got {kind}, whose gate is a second encoder, needs one encoder")
+    if kind not in _LINEAR + _BARE:
+        raise UserError(f"{_CONFIG}: dict_class: got {kind}, needs one of {', '.join(_LINEAR + _BARE)}")
+    tensors = Tensors(_WEIGHTS, files[_WEIGHTS])
+    weights = _linear(tensors) if kind in _LINEAR else _bare(tensors)
+    d_sae, d_in = weights["W_enc"].shape
+    agree(_CONFIG, "activation_dim", fields.take("activation_dim", int, d_in), d_in)
+    agree(_CONFIG, "dict_size", fields.take("dict_size", int, d_sae), d_sae)
+    activation = _activation(kind, fields, tensors, weights["W_enc"])
+    tensors.finish("k", "group_sizes")
+    return StoredSAE(
+        **weights,
+        activation=activation,
+        subtract_b_dec=kind not in ("AutoEncoderNew", "JumpReluAutoEncoder"),
+        model_name=fields.take("lm_name", str, None),
+        hook_name=fields.take("submodule_name", str, None),
+    )
+
+
+def needs(sae: StoredSAE) -> Needs:
+    subtract = {TopK: True, AdaptiveK: True, JumpReLU: False}.get(type(sae.activation))
+    return Needs((TopK, AdaptiveK, JumpReLU, ReLU), subtract, note=left_out(sae.activation, "token"))
+
+
+def pack(sae: StoredSAE) -> dict[str, Any]:
+    linear = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "decoder.weight": sae.W_dec.T}
+    config = {"activation_dim": sae.d_in, "dict_size": sae.d_sae}
+    if isinstance(sae.activation, TopK):
+        if sae.activation.k == 0:
+            raise UserError("k: got 0, needs 1 or more")
+        kind, config["k"] = "AutoEncoderTopK", sae.activation.k
+        tensors = {"b_dec": sae.b_dec, **_buffers(sae.activation.k), **linear}
+    elif isinstance(sae.activation, AdaptiveK):
+        own = sae.activation.config
+        score_to_k = [float(getattr(own, name)) for name in _MAP]
+        kind, config["k"] = "AutoEncoderAdaptiveK", own.k_max
+        tensors = {"b_dec": sae.b_dec, **_buffers(own.k_max), **probe_tensors(sae), **linear}
+        tensors["_extra_state"] = torch.tensor(score_to_k, dtype=torch.float64)
+    elif isinstance(sae.activation, JumpReLU):
+        kind = "JumpReluAutoEncoder"
+        tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+        tensors["threshold"] = sae.activation.threshold
+    elif sae.subtract_b_dec:
+        kind, tensors = "AutoEncoder", {"bias": sae.b_dec, **linear}
+    else:
+        kind, tensors = "AutoEncoderNew", {**linear, "decoder.bias": sae.b_dec}
+    about = {"lm_name": sae.model_name, "submodule_name": sae.hook_name}
+    trainer = {"dict_class": kind, **config, **about}
+    return {_CONFIG: {"trainer": trainer, "buffer": {}}, _WEIGHTS: tensors}
+
+
+def _activation(kind: str, fields: Fields, tensors: Tensors, W_enc: Tensor) -> Activation:
+    d_sae, d_in = W_enc.shape
+    if kind == "AutoEncoderTopK":
+        tensors.pop("threshold")
+        return TopK(_k(fields, tensors))
+    if kind == "AutoEncoderAdaptiveK":
+        tensors.pop("threshold")
+        k_min, k_max, *others = tensors.take("_extra_state", len(_MAP), any_float=True).tolist()
+        score_to_k = dict(zip(_MAP, (int(k_min), int(k_max), *others), strict=True))
+        config = SAEConfig(d_in, d_sae, **score_to_k, probe_reads="token")
+        validate_sae(config)
+        return AdaptiveK(probe_of(tensors.take("probe.weight", d_in), tensors.take("probe.bias"), config), config)
+    if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+        # Out of training they keep what is above one threshold, learned for a k that then plays no part.
+        return JumpReLU(tensors.take("threshold", any_float=True).expand(d_sae))
+    return JumpReLU(tensors.take("threshold", d_sae, any_float=True)) if kind == "JumpReluAutoEncoder" else ReLU()
+
+
+def _buffers(k: int) -> dict[str, Tensor]:
+    return {"k": torch.tensor(k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
+
+
+def _linear(tensors: Tensors) -> dict[str, Any]:
+    W_enc = tensors.take("encoder.weight", None, None)
+    d_sae, d_in = W_enc.shape
+    b_dec = next((name for name in ("b_dec", "bias", "decoder.bias") if name in tensors), "b_dec")
+    return {
+        "W_enc": W_enc,
+        "b_enc": tensors.take("encoder.bias", d_sae),
+        "W_dec": tensors.take("decoder.weight", d_in, d_sae).T,
+        "b_dec": tensors.take(b_dec, d_in),
+    }
+
+
+def _bare(tensors: Tensors) -> dict[str, Any]:
+    W_enc = tensors.take("W_enc", None, None).T
+    d_sae, d_in = W_enc.shape
+    return {
+        "W_enc": W_enc,
+        "b_enc": tensors.take("b_enc", d_sae),
+        "W_dec": tensors.take("W_dec", d_sae, d_in),
+        "b_dec": tensors.take("b_dec", d_in),
+    }
+
+
+def _k(fields: Fields, tensors: Tensors) -> int:
+    """k of the settings, or the buffer's; UserError where both are there and differ."""
+    buffer = tensors.pop("k")
+    k = fields.take("k", int, None if buffer is None else int(buffer))
+    if k is None:
+        raise UserError(f"{_CONFIG}: trainer: k: got none, needs int")
+    if buffer is not None:
+        agree(_CONFIG, "k", k, int(buffer))
+    return k

@@ -1,0 +1,105 @@
+"""Fields and tensors taken from a file by name: each refusal says which, what it got and what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_REQUIRED = object()
+
+
+class Fields:
+    """The settings in a JSON file or a pickled dictionary."""
+
+    def __init__(self, file: str, values: Any):
+        if not isinstance(values, Mapping):
+            raise UserError(f"{file}: got {type(values).__name__}, needs an object")
+        self.file = file
+        self._values = values
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Whatever stands under `name`, unchecked; `default` where there is none or null."""
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def take(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
+        """The value of `name`, of type `kind`; `default` where there is none or null, UserError without a default."""
+        value = self.get(name)
+        if value is None:
+            if default is _REQUIRED:
+                raise UserError(f"{self.file}: {name}: got none, needs {kind.__name__}")
+            return default
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise UserError(f"{self.file}: {name}: got {value!r}, needs {kind.__name__}")
+        return value
+
+    def inner(self, name: str) -> Fields:
+        """The object under `name`; an empty one where there is none."""
+        return Fields(f"{self.file}: {name}", self._values.get(name) or {})
+
+    def expect(self, name: str, kind: type, wanted: Any, reason: str) -> None:
+        """UserError with `reason` where `name` is there and not `wanted`."""
+        if self.take(name, kind, wanted) != wanted:
+            raise UserError(f"{self.file}: {name}: got {self._values[name]!r}, needs {wanted!r}: {reason}")
+
+
+class Tensors:
+    """The tensors of one file, each taken once; what is left at the end is refused."""
+
+    def __init__(self, file: str, tensors: Any):
+        if not isinstance(tensors, Mapping):
+            raise UserError(f"{file}: got {type(tensors).__name__}, needs a dictionary of tensors")
+        self.file = file
+        self._left = dict(tensors)
+        self._dtype: torch.dtype | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._left
+
+    def take(self, name: str, *shape: int | None, any_float: bool = False) -> Tensor:
+        """The tensor `name` of `shape`, None standing for any size; of the floating dtype of those taken before,
+        or with `any_float` of any."""
+        tensor = self._left.pop(name, None)
+        needed = ", ".join("any" if size is None else str(size) for size in shape)
+        if not isinstance(tensor, Tensor):
+            got = "none" if tensor is None else type(tensor).__name__
+            raise UserError(f"{self.file}: tensor {name}: got {got}, needs one of shape [{needed}]")
+        fits = tensor.ndim == len(shape) and all(n in (None, m) for m, n in zip(tensor.shape, shape))
+        if not fits:
+            raise UserError(f"{self.file}: tensor {name}: got shape {list(tensor.shape)}, needs [{needed}]")
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+            got = f"{tensor.dtype} in layout {tensor.layout}"
+            raise UserError(f"{self.file}: tensor {name}: got {got}, needs a floating dtype, dense")
+        if not any_float:
+            self._dtype = self._dtype or tensor.dtype
+            if tensor.dtype != self._dtype:
+                raise UserError(f"{self.file}: tensor {name}: got {tensor.dtype}, needs {self._dtype}, as those before")
+        return tensor.detach()
+
+    def take_if(self, name: str, *shape: int | None) -> Tensor | None:
+        """`take`, or None where there is no such tensor."""
+        return self.take(name, *shape) if name in self else None
+
+    def pop(self, name: str, default: Any = None) -> Any:
+        """Whatever stands under `name`, unchecked."""
+        return self._left.pop(name, default)
+
+    def finish(self, *ignored: str) -> None:
+        """UserError for a tensor that was neither taken nor is `ignored`."""
+        for name in self._left:
+            if name not in ignored:
+                raise UserError(f"{self.file}: tensor {name}: got one, needs none: its meaning is not known here")
+
+
+def agree(file: str, name: str, got: int, needed: int) -> None:
+    """UserError where a size in the settings is not that of the tensors."""
+    if got != needed:
+        raise UserError(f"{file}: {name}: got {got}, needs {needed}, what the tensors have")

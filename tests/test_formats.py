@@ -1,0 +1,1160 @@
+"""SAEs in the files of other projects: read by their rules, written back bit for bit, converted or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from aksae import AdaptiveKSAE, SAEConfig, UserError, cli, formats
+from aksae.formats import FORMATS, StoredSAE
+from aksae.k_policy import score_to_k
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+D_IN, D_OUT, D_SAE, K = 12, 9, 40, 5
+
+
+class Sample(NamedTuple):
+    """Files as a host writes them, and what that host makes of an input."""
+
+    format: str
+    files: dict[str, Any]
+    """By name within the folder; `""` for a format of one file."""
+    output: Callable[[Tensor], Tensor]
+    latents: Callable[[Tensor], Tensor]
+    into: set[str]
+    """The other formats that hold this SAE; the others refuse it."""
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def weights(d_out: int = D_IN) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W_enc `[F, D]`, b_enc, W_dec `[F, D_out]` with rows of many lengths, b_dec."""
+    W_dec = randn(D_SAE, d_out, seed=3) * torch.linspace(0.3, 2, D_SAE, dtype=torch.float64)[:, None]
+    return randn(D_SAE, D_IN, seed=1), 0.3 * randn(D_SAE, seed=2), W_dec, randn(d_out, seed=4)
+
+
+def topk(acts: Tensor, k: int) -> Tensor:
+    values, indices = acts.topk(k)
+    return torch.zeros_like(acts).scatter(-1, indices, values)
+
+
+def above(acts: Tensor, threshold: Tensor | float) -> Tensor:
+    return acts * (acts > threshold) * (acts > 0)
+
+
+def layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.mean(-1, keepdim=True)
+    std = (x - mean).std(-1, keepdim=True)
+    return (x - mean) / (std + 1e-5), mean, std
+
+
+SAMPLES: dict[str, Callable[[], Sample]] = {}
+
+
+def sample(function: Callable[[], Sample]) -> Callable[[], Sample]:
+    SAMPLES[function.__name__] = function
+    return function
+
+
+TOPK_HOSTS = {"native", "sparsify", "sae_lens", "dictionary_learning", "llamascopium"}
+ADAPTIVE_HOSTS = {"native", "adaptivek", "sae_lens", "dictionary_learning"}
+THRESHOLD_HOSTS = {"sae_lens", "dictionary_learning", "llamascopium"}
+
+
+@sample
+def native_adaptive():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    weight, bias = randn(D_IN, seed=5), torch.tensor(5.0, dtype=torch.float64)
+    config = SAEConfig(D_IN, D_SAE, k_min=1, k_max=12, probe_lambda=3.0)
+
+    def latents(x):
+        k = score_to_k((x @ weight + bias).clamp(0, 10), k_min=1, k_max=12)
+        acts = F.linear(x - b_dec, W_enc, b_enc).relu()
+        return torch.stack([topk(row, int(n)) for row, n in zip(acts, k)])
+
+    tensors = {
+        "W_enc": W_enc,
+        "b_enc": b_enc,
+        "W_dec": W_dec,
+        "b_dec": b_dec,
+        "probe.weight": weight,
+        "probe.bias": bias,
+    }
+    files = {"config.json": dataclasses.asdict(config), "sae.safetensors": tensors}
+    return Sample("native", files, lambda x: latents(x) @ W_dec + b_dec, latents, ADAPTIVE_HOSTS - {"native"})
+
+
+@sample
+def native_topk():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    latents = lambda x: topk(F.linear(x - b_dec, W_enc, b_enc).relu(), K)
+    files = {"config.json": dataclasses.asdict(SAEConfig(D_IN, D_SAE, k=K)), "sae.safetensors": tensors}
+    return Sample("native", files, lambda x: latents(x) @ W_dec + b_dec, latents, TOPK_HOSTS - {"native"})
+
+
+@sample
+def adaptivek():
+    native = native_adaptive()
+    t = native.files["sae.safetensors"]
+    files = {
+        "dynamic_config.json": {
+            "activation_dim": D_IN,
+            "dict_size": D_SAE,
+            "base_k": 4,
+            "min_k": 1,
+            "max_k": 12,
+            "l1_weight": 0.005,
+            "probe_weight": 0.05,
+            "trainer_type": "DynamicTopKTrainer",
+        },
+        "probe.pt": {"weights": t["probe.weight"][:, None], "bias": t["probe.bias"][None]},
+        "ae.pt": {
+            "b_dec": t["b_dec"],
+            "encoder.weight": t["W_enc"],
+            "encoder.bias": t["b_enc"],
+            "decoder.weight": t["W_dec"].T,
+        },
+    }
+    return Sample("adaptivek", files, native.output, native.latents, ADAPTIVE_HOSTS - {"adaptivek"})
+
+
+@sample
+def sparsify_of_expansion_factor():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    W_enc, b_enc, W_dec = W_enc[:36], b_enc[:36], W_dec[:36]
+    latents = lambda x: topk(F.linear(x - b_dec, W_enc, b_enc).relu(), K)
+    files = {
+        "cfg.json": {
+            "activation": "topk",
+            "expansion_factor": 3,
+            "normalize_decoder": True,
+            "num_latents": 0,
+            "k": K,
+            "multi_topk": False,
+            "skip_connection": False,
+            "transcode": False,
+            "d_in": D_IN,
+        },
+        "sae.safetensors": {"encoder.weight": W_enc, "encoder.bias": b_enc, "W_dec": W_dec, "b_dec": b_dec},
+    }
+    return Sample("sparsify", files, lambda x: latents(x) @ W_dec + b_dec, latents, TOPK_HOSTS - {"sparsify"})
+
+
+@sample
+def sparsify_skip_transcoder():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    W_skip = randn(D_IN, D_IN, seed=5)
+    latents = lambda x: topk(F.linear(x, W_enc, b_enc).relu(), K)
+    files = {
+        # As old as they come: no activation, no multi_topk.
+        "cfg.json": {
+            "expansion_factor": 32,
+            "num_latents": D_SAE,
+            "k": K,
+            "signed": False,
+            "skip_connection": True,
+            "transcode": True,
+            "d_in": D_IN,
+        },
+        "sae.safetensors": {
+            "encoder.weight": W_enc,
+            "encoder.bias": b_enc,
+            "W_dec": W_dec,
+            "b_dec": b_dec,
+            "W_skip": W_skip,
+        },
+    }
+    return Sample("sparsify", files, lambda x: latents(x) @ W_dec + b_dec + x @ W_skip.T, latents, set())
+
+
+def sae_lens_files(architecture, tensors, *, d_out=D_IN, **fields):
+    W_enc, b_enc, W_dec, b_dec = weights(d_out)
+    config = {
+        "d_in": D_IN,
+        "d_sae": D_SAE,
+        "dtype": "float64",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": "6.54.12", "model_name": "gpt2", "hook_name": "blocks.3.hook_resid_post"},
+        "architecture": architecture,
+    }
+    tensors = {"W_enc": W_enc.T, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, **tensors}
+    return {"cfg.json": {**config, **fields}, "sae_weights.safetensors": tensors}
+
+
+@sample
+def sae_lens_topk_by_decoder_norm():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    norm = W_dec.norm(dim=-1)
+    # TopK first, ReLU after: the values are the same.
+    latents = lambda x: topk(F.linear(x - b_dec, W_enc, b_enc) * norm, K).relu()
+    files = sae_lens_files("topk", {}, k=K, rescale_acts_by_decoder_norm=True, apply_b_dec_to_input=True)
+    output = lambda x: (latents(x) / norm) @ W_dec + b_dec
+    return Sample("sae_lens", files, output, latents, TOPK_HOSTS - {"sae_lens"})
+
+
+@sample
+def sae_lens_topk_of_version_5():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    latents = lambda x: topk(F.linear(x, W_enc, b_enc), K).relu()
+    files = sae_lens_files(
+        "standard",
+        {"scaling_factor": torch.ones(D_SAE, dtype=torch.float64)},
+        activation_fn_str="topk",
+        activation_fn_kwargs={"k": K},
+        normalize_activations=False,
+        hook_point="blocks.3.hook_resid_post",
+    )
+    del files["cfg.json"]["metadata"]
+    return Sample("sae_lens", files, lambda x: latents(x) @ W_dec + b_dec, latents, TOPK_HOSTS - {"sae_lens"})
+
+
+@sample
+def sae_lens_adaptivek():
+    """Of `aksae.hosts.sae_lens`."""
+    native = native_adaptive()
+    probe = {name: t for name, t in native.files["sae.safetensors"].items() if name.startswith("probe")}
+    fields = {"k_min": 1, "k_max": 12, "probe_reads": "token", "apply_b_dec_to_input": True}
+    files = sae_lens_files("adaptivek", probe, **fields)
+    return Sample("sae_lens", files, native.output, native.latents, ADAPTIVE_HOSTS - {"sae_lens"})
+
+
+@sample
+def sae_lens_jumprelu():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    threshold = randn(D_SAE, seed=6).abs()
+    latents = lambda x: above(F.linear(x - b_dec, W_enc, b_enc), threshold)
+    files = sae_lens_files("jumprelu", {"threshold": threshold}, apply_b_dec_to_input=True)
+    return Sample("sae_lens", files, lambda x: latents(x) @ W_dec + b_dec, latents, THRESHOLD_HOSTS - {"sae_lens"})
+
+
+@sample
+def sae_lens_batchtopk_checkpoint():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    norm = W_dec.norm(dim=-1)
+    latents = lambda x: above(F.linear(x - b_dec, W_enc, b_enc) * norm, 1.25)
+    files = sae_lens_files(
+        "batchtopk",
+        {"topk_threshold": torch.tensor(1.25, dtype=torch.float64)},
+        k=5.5,
+        rescale_acts_by_decoder_norm=True,
+        apply_b_dec_to_input=True,
+    )
+    output = lambda x: (latents(x) / norm) @ W_dec + b_dec
+    return Sample("sae_lens", files, output, latents, THRESHOLD_HOSTS - {"sae_lens"})
+
+
+@sample
+def sae_lens_standard_with_layer_norm():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    latents = lambda x: F.linear(layer_norm(x)[0] - b_dec, W_enc, b_enc).relu()
+    files = sae_lens_files("standard", {}, normalize_activations="layer_norm", apply_b_dec_to_input=True)
+
+    def output(x):
+        _, mean, std = layer_norm(x)
+        return (latents(x) @ W_dec + b_dec) * std + mean
+
+    return Sample("sae_lens", files, output, latents, set())
+
+
+@sample
+def sae_lens_standard_of_constant_norm():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    factor = lambda x: D_IN**0.5 / x.norm(dim=-1, keepdim=True)
+    latents = lambda x: F.linear(x * factor(x), W_enc, b_enc).relu()
+    files = sae_lens_files("standard", {}, normalize_activations="constant_norm_rescale")
+    output = lambda x: (latents(x) @ W_dec + b_dec) / factor(x)
+    return Sample("sae_lens", files, output, latents, {"llamascopium"})
+
+
+@sample
+def sae_lens_transcoder_of_another_width():
+    W_enc, b_enc, W_dec, b_dec = weights(D_OUT)
+    latents = lambda x: F.linear(x, W_enc, b_enc).relu()
+    files = sae_lens_files("transcoder", {}, d_out=D_OUT)
+    files["cfg.json"]["d_out"] = D_OUT
+    return Sample("sae_lens", files, lambda x: latents(x) @ W_dec + b_dec, latents, set())
+
+
+@sample
+def sae_lens_jumprelu_skip_transcoder():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    W_skip, threshold = randn(D_IN, D_IN, seed=5), randn(D_SAE, seed=6).abs()
+    latents = lambda x: above(F.linear(x, W_enc, b_enc), threshold)
+    files = sae_lens_files("jumprelu_skip_transcoder", {"W_skip": W_skip, "threshold": threshold})
+    files["cfg.json"]["d_out"] = D_IN
+    output = lambda x: latents(x) @ W_dec + b_dec + x @ W_skip.T
+    return Sample("sae_lens", files, output, latents, {"circuit_tracer"})
+
+
+def dictionary_learning_files(kind, tensors, **fields):
+    trainer = {
+        "dict_class": kind,
+        "activation_dim": D_IN,
+        "dict_size": D_SAE,
+        "layer": 3,
+        "lm_name": "pythia",
+        **fields,
+    }
+    return {"config.json": {"trainer": trainer, "buffer": {"ctx_len": 128}}, "ae.pt": tensors}
+
+
+def linear(b_dec_name):
+    W_enc, b_enc, W_dec, b_dec = weights()
+    return {"encoder.weight": W_enc, "encoder.bias": b_enc, "decoder.weight": W_dec.T, b_dec_name: b_dec}
+
+
+@sample
+def dictionary_learning_topk():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    buffers = {"k": torch.tensor(K, dtype=torch.int32), "threshold": torch.tensor(0.7)}
+    latents = lambda x: topk(F.linear(x - b_dec, W_enc, b_enc).relu(), K)
+    files = dictionary_learning_files("AutoEncoderTopK", {**linear("b_dec"), **buffers}, k=K)
+    into = TOPK_HOSTS - {"dictionary_learning"}
+    return Sample("dictionary_learning", files, lambda x: latents(x) @ W_dec + b_dec, latents, into)
+
+
+@sample
+def dictionary_learning_adaptivek():
+    """Of `aksae.hosts.dictionary_learning`."""
+    native = native_adaptive()
+    tensors = {name: t for name, t in native.files["sae.safetensors"].items() if name.startswith("probe")}
+    tensors["_extra_state"] = torch.tensor([1, 12, 6, 0, 10], dtype=torch.float64)
+    tensors |= {"k": torch.tensor(12, dtype=torch.int32), "threshold": torch.tensor(-1.0), **linear("b_dec")}
+    files = dictionary_learning_files("AutoEncoderAdaptiveK", tensors, k=12)
+    into = ADAPTIVE_HOSTS - {"dictionary_learning"}
+    return Sample("dictionary_learning", files, native.output, native.latents, into)
+
+
+@sample
+def dictionary_learning_batchtopk():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    buffers = {"k": torch.tensor(K, dtype=torch.int32), "threshold": torch.tensor(0.7)}
+    latents = lambda x: above(F.linear(x - b_dec, W_enc, b_enc), buffers["threshold"])
+    files = dictionary_learning_files("BatchTopKSAE", {**linear("b_dec"), **buffers}, k=K)
+    into = THRESHOLD_HOSTS - {"dictionary_learning"}
+    return Sample("dictionary_learning", files, lambda x: latents(x) @ W_dec + b_dec, latents, into)
+
+
+@sample
+def dictionary_learning_matryoshka_untrained():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    tensors = {
+        "W_enc": W_enc.T,
+        "b_enc": b_enc,
+        "W_dec": W_dec,
+        "b_dec": b_dec,
+        "k": torch.tensor(K, dtype=torch.int32),
+        "threshold": torch.tensor(-1.0),
+        "group_sizes": torch.tensor([10, 30]),
+    }
+    latents = lambda x: F.linear(x - b_dec, W_enc, b_enc).relu()
+    files = dictionary_learning_files("MatryoshkaBatchTopKSAE", tensors, k=K)
+    into = THRESHOLD_HOSTS - {"dictionary_learning"}
+    return Sample("dictionary_learning", files, lambda x: latents(x) @ W_dec + b_dec, latents, into)
+
+
+@sample
+def dictionary_learning_jumprelu():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    threshold = randn(D_SAE, seed=6).abs()
+    tensors = {"W_enc": W_enc.T, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": threshold}
+    latents = lambda x: above(F.linear(x, W_enc, b_enc), threshold)
+    files = dictionary_learning_files("JumpReluAutoEncoder", tensors)
+    into = THRESHOLD_HOSTS - {"dictionary_learning"}
+    return Sample("dictionary_learning", files, lambda x: latents(x) @ W_dec + b_dec, latents, into)
+
+
+@sample
+def dictionary_learning_relu():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    latents = lambda x: F.linear(x - b_dec, W_enc, b_enc).relu()
+    files = dictionary_learning_files("AutoEncoder", linear("bias"))
+    into = {"sae_lens", "openai", "llamascopium"}
+    return Sample("dictionary_learning", files, lambda x: latents(x) @ W_dec + b_dec, latents, into)
+
+
+@sample
+def dictionary_learning_relu_of_april():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    latents = lambda x: F.linear(x, W_enc, b_enc).relu()
+    files = dictionary_learning_files("AutoEncoderNew", linear("decoder.bias"))
+    into = {"sae_lens", "openai", "llamascopium"}
+    return Sample("dictionary_learning", files, lambda x: latents(x) @ W_dec + b_dec, latents, into)
+
+
+def openai_files(activation, state):
+    W_enc, b_enc, W_dec, b_dec = weights()
+    tensors = {
+        "pre_bias": b_dec,
+        "latent_bias": b_enc,
+        "stats_last_nonzero": torch.arange(D_SAE),
+        "latents_activation_frequency": torch.rand(D_SAE),
+        "latents_mean_square": torch.rand(D_SAE),
+        "encoder.weight": W_enc,
+        "decoder.weight": W_dec.T,
+    }
+    return {"": {**tensors, "activation": activation, "activation_state_dict": state}}
+
+
+@sample
+def openai_topk():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    latents = lambda x: topk(F.linear(layer_norm(x)[0] - b_dec, W_enc, b_enc), K).relu()
+
+    def output(x):
+        _, mean, std = layer_norm(x)
+        return (latents(x) @ W_dec + b_dec) * std + mean
+
+    files = openai_files("TopK", {"k": K, "postact_fn": "ReLU"})
+    return Sample("openai", files, output, latents, {"sae_lens"})
+
+
+@sample
+def openai_relu():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    latents = lambda x: F.linear(x - b_dec, W_enc, b_enc).relu()
+    into = {"sae_lens", "dictionary_learning", "llamascopium"}
+    return Sample("openai", openai_files("ReLU", {}), lambda x: latents(x) @ W_dec + b_dec, latents, into)
+
+
+def llamascopium_files(act_fn, tensors, **fields):
+    W_enc, b_enc, W_dec, b_dec = weights()
+    config = {
+        "sae_type": "sae",
+        "d_model": D_IN,
+        "expansion_factor": D_SAE / D_IN,
+        "use_decoder_bias": True,
+        "act_fn": act_fn,
+        "norm_activation": "inference",
+        "sparsity_include_decoder_norm": True,
+        "top_k": K,
+        "use_triton_kernel": False,
+        "jumprelu_threshold_window": 2.0,
+        "hook_point_in": "blocks.3.in",
+        "hook_point_out": "blocks.3.in",
+        "use_glu_encoder": False,
+    }
+    tensors = {"W_E": W_enc.T, "b_E": b_enc, "W_D": W_dec, "b_D": b_dec, **tensors}
+    return {"config.json": {**config, **fields}, "sae_weights.safetensors": tensors}
+
+
+@sample
+def llamascopium_topk_by_decoder_norm():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    norm = W_dec.norm(dim=-1)
+    latents = lambda x: topk((F.linear(x, W_enc, b_enc) * norm).relu(), K) / norm
+    # What stands there when no norm was ever set is whatever memory held.
+    files = llamascopium_files("topk", {"dataset_average_activation_norm.blocks.3.in": torch.tensor(float("nan"))})
+    into = TOPK_HOSTS - {"llamascopium"}
+    return Sample("llamascopium", files, lambda x: latents(x) @ W_dec + b_dec, latents, into)
+
+
+@sample
+def llamascopium_jumprelu_by_decoder_norm_and_scale():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    norm, scale = W_dec.norm(dim=-1), D_IN**0.5 / 2.5
+    log = randn(D_SAE, seed=6)
+    latents = lambda x: above(F.linear(x * scale, W_enc, b_enc) * norm, log.exp()) / norm
+    tensors = {
+        "activation_function.log_jumprelu_threshold": log,
+        "dataset_average_activation_norm.blocks.3.in": torch.tensor(2.5),
+    }
+    files = llamascopium_files("jumprelu", tensors, norm_activation="dataset-wise")
+    into = THRESHOLD_HOSTS - {"llamascopium"}
+    return Sample("llamascopium", files, lambda x: (latents(x) @ W_dec + b_dec) / scale, latents, into)
+
+
+@sample
+def llamascopium_relu_normalised_by_token():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    factor = lambda x: D_IN**0.5 / x.norm(dim=-1, keepdim=True)
+    latents = lambda x: F.linear(x * factor(x), W_enc, b_enc).relu()
+    files = llamascopium_files("relu", {}, norm_activation="token-wise")
+    output = lambda x: (latents(x) @ W_dec + b_dec) / factor(x)
+    return Sample("llamascopium", files, output, latents, {"sae_lens"})
+
+
+@sample
+def llamascopium_transcoder_of_two_scales():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    scale_in, scale_out = D_IN**0.5 / 2.5, D_IN**0.5 / 4
+    latents = lambda x: topk(F.linear(x * scale_in, W_enc, b_enc).relu(), K)
+    norms = {"blocks.3.in": torch.tensor(2.5), "blocks.3.out": torch.tensor(4.0)}
+    tensors = {f"dataset_average_activation_norm.{hook}": norm for hook, norm in norms.items()}
+    fields = {"hook_point_out": "blocks.3.out", "sparsity_include_decoder_norm": False}
+    files = llamascopium_files("topk", tensors, norm_activation="dataset-wise", **fields)
+    return Sample("llamascopium", files, lambda x: (latents(x) @ W_dec + b_dec) / scale_out, latents, {"sparsify"})
+
+
+@sample
+def llamascopium_pickled_without_decoder_bias():
+    W_enc, b_enc, W_dec, _ = weights()
+    files = llamascopium_files("relu", {}, use_decoder_bias=False, sparsity_include_decoder_norm=False)
+    tensors = files.pop("sae_weights.safetensors")
+    del tensors["b_D"]
+    files["sae_weights.pt"] = {"sae": tensors, "version": "2.0.0"}
+    latents = lambda x: F.linear(x, W_enc, b_enc).relu()
+    into = {"sae_lens", "dictionary_learning", "openai"}
+    return Sample("llamascopium", files, lambda x: latents(x) @ W_dec, latents, into)
+
+
+@sample
+def circuit_tracer_jumprelu():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    threshold = randn(D_SAE, seed=6).abs()
+    tensors = {
+        "W_enc": W_enc,
+        "W_dec": W_dec,
+        "b_enc": b_enc,
+        "b_dec": b_dec,
+        "activation_function.threshold": threshold,
+    }
+    latents = lambda x: above(F.linear(x, W_enc, b_enc), threshold)
+    into = {"sae_lens", "llamascopium"}
+    return Sample("circuit_tracer", {"": tensors}, lambda x: latents(x) @ W_dec + b_dec, latents, into)
+
+
+@sample
+def circuit_tracer_relu_with_skip():
+    W_enc, b_enc, W_dec, b_dec = weights()
+    W_skip = randn(D_IN, D_IN, seed=5)
+    tensors = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "W_skip": W_skip}
+    latents = lambda x: F.linear(x, W_enc, b_enc).relu()
+    output = lambda x: latents(x) @ W_dec + b_dec + x @ W_skip.T
+    return Sample("circuit_tracer", {"": tensors}, output, latents, {"sae_lens"})
+
+
+# ------------------------------------------------------------------------------------------------------ helpers
+
+SUFFIXES = {"openai": ".pt", "circuit_tracer": ".safetensors"}
+
+
+def place(folder: Path, format: str, name: str = "sae") -> Path:
+    return folder / f"{name}{SUFFIXES.get(format, '')}"
+
+
+def put(path: Path, files: dict[str, Any]) -> Path:
+    """Write files the way hosts do."""
+    (path if "" not in files else path.parent).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if (path / name).suffix == ".json":
+            (path / name).write_text(json.dumps(content))
+        elif (path / name).suffix == ".safetensors":
+            save_file({key: tensor.contiguous() for key, tensor in content.items()}, path / name)
+        else:
+            torch.save(content, path / name)
+    return path
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """What is in a file or in those of a folder, tensors as their bytes and shapes."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, Tensor):
+            return value.dtype, list(value.shape), value.contiguous().flatten().view(torch.uint8).tolist()
+        return value
+
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    read = {".json": lambda file: json.loads(file.read_text()), ".safetensors": load_file, ".pt": torch.load}
+    return {file.name: plain(read[file.suffix](file)) for file in files}
+
+
+@pytest.fixture(params=SAMPLES)
+def example(request) -> Sample:
+    return SAMPLES[request.param]()
+
+
+X = randn(60, D_IN, seed=9)
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+# -------------------------------------------------------------------------------------------------------- tests
+
+
+def test_every_format_has_samples():
+    assert {make().format for make in SAMPLES.values()} == set(FORMATS)
+
+
+def test_loading_follows_the_host(example, tmp_path):
+    sae = formats.load(put(place(tmp_path, example.format), example.files))
+    assert sae.origin.format == example.format
+    codes = sae.encode(X)
+    assert len(codes.counts.unique()) > 1 or codes.counts[0] == K
+    close(codes.to_dense(sae.d_sae), example.latents(X))
+    close(sae.decode(codes, X), example.output(X))
+    close(sae(X.reshape(3, 20, D_IN)), example.output(X).reshape(3, 20, -1))
+
+
+def test_saving_in_the_same_format_changes_no_bit(example, tmp_path):
+    source = put(place(tmp_path, example.format, "source"), example.files)
+    target = place(tmp_path / "deep", example.format, "source")
+    notes = formats.save(formats.load(source, example.format), target, example.format)
+    assert all(note.startswith("assumed") for note in notes)
+    assert contents(target) == contents(source)
+
+
+@pytest.mark.parametrize("target", FORMATS)
+def test_each_pair_of_formats_is_equal_or_refused(example, tmp_path, target):
+    sae = formats.load(put(place(tmp_path, example.format), example.files))
+    path = place(tmp_path, target, "converted")
+    if target == example.format:
+        # Without its origin an SAE is written anew.
+        sae = dataclasses.replace(sae)
+    elif target not in example.into:
+        with pytest.raises(UserError, match=rf"^{target}: got .*needs "):
+            formats.save(sae, path, target)
+        assert not path.exists()
+        return
+    notes = formats.save(sae, path, target)
+    converted = formats.load(path)
+    close(converted(X), example.output(X))
+    latents = converted.encode(X).to_dense(sae.d_sae)
+    if any("larger by their norms" in note for note in notes):
+        close(latents, example.latents(X) * sae.W_dec.norm(dim=-1))
+    else:
+        close(latents, example.latents(X))
+    for name in ("model_name", "hook_name"):
+        assert getattr(converted, name) in (getattr(sae, name), None, "unknown")
+
+
+# Where nothing needs folding, by sample; an empty set stands for the rest.
+UNFOLDED = {
+    "native_adaptive": ADAPTIVE_HOSTS - {"native"},
+    "sae_lens_adaptivek": ADAPTIVE_HOSTS - {"sae_lens"},
+    "dictionary_learning_adaptivek": ADAPTIVE_HOSTS - {"dictionary_learning"},
+    "native_topk": {"sparsify", "sae_lens", "dictionary_learning"},
+    "adaptivek": ADAPTIVE_HOSTS - {"adaptivek"},
+    "sparsify_of_expansion_factor": {"native", "sae_lens", "dictionary_learning"},
+    "sae_lens_topk_of_version_5": {"llamascopium"},
+    "sae_lens_standard_of_constant_norm": {"llamascopium"},
+    "sae_lens_jumprelu_skip_transcoder": {"circuit_tracer"},
+    "dictionary_learning_topk": {"native", "sparsify", "sae_lens"},
+    "dictionary_learning_jumprelu": {"sae_lens"},
+    "dictionary_learning_relu": {"sae_lens", "openai"},
+    "dictionary_learning_relu_of_april": {"sae_lens", "llamascopium"},
+    "openai_topk": {"sae_lens"},
+    "openai_relu": {"sae_lens", "dictionary_learning"},
+    "llamascopium_relu_normalised_by_token": {"sae_lens"},
+    "llamascopium_pickled_without_decoder_bias": {"sae_lens", "dictionary_learning"},
+    "circuit_tracer_jumprelu": {"sae_lens"},
+    "circuit_tracer_relu_with_skip": {"sae_lens"},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_what_is_not_folded_comes_back_bit_for_bit(name, tmp_path):
+    example, unfolded = SAMPLES[name](), set()
+    sae = formats.load(put(place(tmp_path, example.format), example.files))
+    for target in example.into:
+        there, back = place(tmp_path, target, f"in-{target}"), place(tmp_path, example.format, f"from-{target}")
+        notes = [*formats.save(sae, there, target), *formats.save(formats.load(there), back, example.format)]
+        if not re.search("folded|b_dec|logarithm", "".join(notes)):
+            unfolded.add(target)
+            returned = formats.load(back)
+            for part in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip"):
+                before, after = getattr(sae, part), getattr(returned, part)
+                assert (before is None and after is None) or torch.equal(before, after), (target, part)
+            assert torch.equal(returned(X), sae(X)), target
+    assert unfolded == UNFOLDED.get(name, set())
+
+
+@pytest.mark.parametrize(
+    ("make", "file", "fields"),
+    [
+        (sae_lens_jumprelu, "cfg.json", ["apply_b_dec_to_input", "normalize_activations", "metadata", "dtype"]),
+        (sae_lens_transcoder_of_another_width, "cfg.json", ["apply_b_dec_to_input"]),
+        (sparsify_of_expansion_factor, "cfg.json", ["activation", "num_latents", "skip_connection", "transcode"]),
+        (openai_relu, "", ["activation", "activation_state_dict", "latents_mean_square"]),
+        (llamascopium_topk_by_decoder_norm, "config.json", ["sparsity_include_decoder_norm", "use_glu_encoder"]),
+        (adaptivek, "dynamic_config.json", ["activation_dim", "dict_size", "base_k"]),
+    ],
+)
+def test_what_a_file_leaves_out_is_the_hosts_default(tmp_path, make, file, fields):
+    example = make()
+    files = changed(json_copy(example.files), file, **dict.fromkeys(fields))
+    close(formats.load(put(place(tmp_path, example.format), files))(X), example.output(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_folding_rounds_the_weights_once(tmp_path, dtype):
+    example = sae_lens_topk_by_decoder_norm()
+    tensors = example.files["sae_weights.safetensors"]
+    tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+    sae = formats.load(put(tmp_path / "a", example.files))
+    rounded = ", rounded to bfloat16" if dtype == torch.bfloat16 else ""
+    assert formats.save(sae, tmp_path / "b", "native") == (
+        f"decoder norms folded into W_enc, b_enc and W_dec{rounded}",
+    )
+    folded = formats.load(tmp_path / "b")
+    norm = sae.W_dec.double().norm(dim=-1)
+    for got, wanted in ((folded.W_enc, sae.W_enc.double() * norm[:, None]), (folded.b_enc, sae.b_enc.double() * norm)):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), wanted, rtol=1.01 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_a_latent_without_a_direction_stays_silent(tmp_path):
+    example = sae_lens_topk_by_decoder_norm()
+    example.files["sae_weights.safetensors"]["W_dec"][::3] = 0
+    sae = formats.load(put(tmp_path / "a", example.files))
+    formats.save(sae, tmp_path / "b", "native")
+    folded = formats.load(tmp_path / "b")
+    latents = sae.encode(X).to_dense(D_SAE)
+    assert not latents[:, ::3].any()
+    close(folded.encode(X).to_dense(D_SAE), latents)
+    close(folded(X), sae(X))
+    assert torch.isfinite(folded.W_dec).all()
+
+    by_norm = llamascopium_jumprelu_by_decoder_norm_and_scale()
+    tensors = by_norm.files["sae_weights.safetensors"]
+    tensors["W_D"][::3] = 0
+    tensors["activation_function.log_jumprelu_threshold"][:10] = -torch.inf
+    sae = formats.load(put(tmp_path / "c", by_norm.files))
+    codes = sae.encode(X)
+    assert torch.isfinite(codes.values).all()
+    assert not codes.to_dense(D_SAE)[:, ::3].any()
+    formats.save(sae, tmp_path / "d", "sae_lens")
+    folded = formats.load(tmp_path / "d")
+    assert not folded.activation.threshold.isnan().any()
+    close(folded.encode(X).to_dense(D_SAE), codes.to_dense(D_SAE))
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "reason"),
+    [
+        ("sae_lens_jumprelu", "sparsify", "got JumpReLU, which keeps whatever is above its thresholds, needs TopK"),
+        ("native_adaptive", "sparsify", "got AdaptiveK, which keeps as many scores of a row as its probe says, needs"),
+        ("native_topk", "adaptivek", "got TopK, which keeps the k largest scores of a row, needs AdaptiveK"),
+        ("native_topk", "openai", "got the input normalisation none, needs layer_norm"),
+        ("sae_lens_standard_with_layer_norm", "openai", "got the input normalisation layer_norm, needs none"),
+        ("sparsify_skip_transcoder", "native", "got a transcoder, needs an autoencoder"),
+        ("dictionary_learning_relu", "circuit_tracer", "got an autoencoder, needs a transcoder"),
+        ("circuit_tracer_relu_with_skip", "llamascopium", "got a skip connection, needs an SAE without"),
+        ("sae_lens_transcoder_of_another_width", "circuit_tracer", "got 12 inputs and 9 outputs, needs as many"),
+    ],
+)
+def test_a_refusal_gives_the_reason(tmp_path, name, target, reason):
+    example = SAMPLES[name]()
+    sae = formats.load(put(place(tmp_path, example.format), example.files))
+    with pytest.raises(UserError, match=re.escape(f"{target}: {reason}")):
+        formats.save(sae, place(tmp_path, target, "out"), target)
+
+
+def changed(files: dict[str, Any], *keys: str, **values: Any) -> dict[str, Any]:
+    """The files with `values` set (None: taken out) in what stands under `keys`."""
+    inner = files
+    for key in keys:
+        inner = inner[key]
+    for name, value in values.items():
+        inner[name] = value
+        if value is None:
+            del inner[name]
+    return files
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("steepness", 4.0, "steepness: got 4, needs 6"),
+        ("score_max", 5.0, "score_max: got 5, needs 10"),
+        ("probe_reads", "mean", "adaptivek: probe_reads: got mean, needs last or token"),
+    ],
+)
+def test_what_the_adaptivek_authors_cannot_say(tmp_path, field, value, message):
+    sae = formats.load(put(tmp_path / "a", changed(native_adaptive().files, "config.json", **{field: value})))
+    with pytest.raises(UserError, match=message):
+        formats.save(sae, tmp_path / "b", "adaptivek")
+
+
+def test_what_adaptivek_files_leave_open_may_be_given(tmp_path):
+    path = put(tmp_path / "a", adaptivek().files)
+    given = {"steepness": 4.0, "score_min": 1.0, "score_max": 8.0, "probe_reads": "token", "probe_lambda": 3.0}
+    sae = formats.load(path, **given)
+    assert not sae.notes
+    assert formats.save(sae, tmp_path / "b", "native") == ()
+    config = AdaptiveKSAE.from_pretrained(tmp_path / "b").config
+    assert config == SAEConfig(D_IN, D_SAE, k_min=1, k_max=12, **given)
+
+    assumed = formats.load(path, steepness=4.0)
+    assert assumed.notes == ("assumed, since the files do not say: score_min = 0, score_max = 10",)
+    assert assumed.activation.config == SAEConfig(D_IN, D_SAE, k_min=1, k_max=12, steepness=4.0)
+    with pytest.raises(UserError, match="steepness: got it for native, needs adaptivek"):
+        formats.load(tmp_path / "b", steepness=4.0)
+
+
+@pytest.mark.parametrize("k", [None, K])
+def test_models_of_this_project_are_saved_and_read(tmp_path, k):
+    model = AdaptiveKSAE(SAEConfig(D_IN, D_SAE, k=k, k_min=1, k_max=12), generator=torch.Generator().manual_seed(0))
+    x = X.float()
+    with torch.no_grad():
+        model.b_dec.copy_(randn(D_IN, seed=4))
+        if k is None:
+            model.probe.weight.copy_(randn(D_IN, seed=5))
+            model.probe.bias.fill_(5)
+    assert formats.save(model, tmp_path / "a") == ()
+    model.save_pretrained(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    with torch.no_grad():
+        assert torch.equal(formats.load(tmp_path / "a")(x), model(x))
+        # Through the files of another project and back into a model.
+        other = "adaptivek" if k is None else "dictionary_learning"
+        formats.save(model, tmp_path / "c", other)
+        formats.save(formats.load(tmp_path / "c"), tmp_path / "d")
+        assert torch.equal(AdaptiveKSAE.from_pretrained(tmp_path / "d")(x), model(x))
+
+
+def test_an_edited_sae_is_written_as_edited(tmp_path):
+    sae = formats.load(put(tmp_path / "a", dictionary_learning_topk().files))
+    edited = dataclasses.replace(sae, W_enc=2 * sae.W_enc)
+    formats.save(edited, tmp_path / "b", "dictionary_learning")
+    assert torch.equal(formats.load(tmp_path / "b").W_enc, 2 * sae.W_enc)
+
+
+@pytest.mark.parametrize("make", [adaptivek, sae_lens_jumprelu, openai_topk, circuit_tracer_relu_with_skip])
+def test_moving_takes_every_tensor_along(tmp_path, make):
+    example = make()
+    sae = formats.load(put(place(tmp_path, example.format), example.files))
+    moved = sae.to(torch.float32)
+    assert moved.origin is None
+    assert sae.W_enc.dtype == torch.float64
+    assert moved(X.float()).dtype == torch.float32
+    torch.testing.assert_close(moved(X.float()).double(), example.output(X), rtol=1e-4, atol=1e-4)
+    formats.save(moved, place(tmp_path, example.format, "moved"), example.format)
+    close(sae(X), example.output(X))
+
+
+def test_decoding_needs_the_input_where_it_counts(tmp_path):
+    for make in (openai_topk, circuit_tracer_relu_with_skip):
+        example = make()
+        sae = formats.load(put(place(tmp_path, example.format), example.files))
+        with pytest.raises(ValueError, match="x: got None, needs what was encoded"):
+            sae.decode(sae.encode(X))
+
+
+# ------------------------------------------------------------------------------------------ files that are refused
+
+
+def refused(path: Path, format: str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        formats.load(path, format)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+class Malicious:
+    def __init__(self, witness: Path):
+        self.witness = witness
+
+    def __reduce__(self):
+        return open, (str(self.witness), "w")
+
+
+@pytest.mark.parametrize("by_torch", [True, False], ids=["torch.save", "pickle.dump"])
+@pytest.mark.parametrize(
+    ("make", "file"),
+    [(adaptivek, "ae.pt"), (adaptivek, "probe.pt"), (dictionary_learning_topk, "ae.pt"), (openai_topk, "")],
+)
+def test_a_malicious_pickle_is_refused(tmp_path, make, file, by_torch):
+    example, witness = make(), tmp_path / "witness"
+    path = put(place(tmp_path, example.format), example.files)
+    content = {**example.files[file], "b_dec": Malicious(witness)}
+    if by_torch:
+        torch.save(content, path / file)
+    else:
+        (path / file).write_bytes(pickle.dumps(content))
+    message = refused(path, example.format)
+    assert "got a pickle that is refused" in message
+    assert "anything else could run code" in message
+    assert not witness.exists()
+
+
+def test_a_truncated_or_missing_file_is_named(example, tmp_path):
+    path = put(place(tmp_path, example.format), example.files)
+    for name in example.files:
+        file = path / name
+        data = file.read_bytes()
+        for size in (0, 5, len(data) // 2, len(data) - 1):
+            file.write_bytes(data[:size])
+            assert str(file) in refused(path, example.format)
+        file.unlink()
+        refused(path, example.format)
+        file.write_bytes(data)
+    assert isinstance(formats.load(path), StoredSAE)
+
+
+def test_every_tensor_is_checked(example, tmp_path):
+    unchecked = (
+        "_extra_state",
+        "stats_",
+        "latents_activ",
+        "latents_mean",
+        "scaling_factor",
+        "dataset_average",
+        "group_sizes",
+        "k",
+    )
+    if example.format == "dictionary_learning" and "Auto" in example.files["config.json"]["trainer"]["dict_class"]:
+        # A TopK SAE's threshold is for training.
+        unchecked += ("threshold",) * ("k" in example.files["ae.pt"])
+    for file, content in example.files.items():
+        keys = [file, "sae"] if "sae" in content else [file]
+        for name, tensor in content.get("sae", content).items():
+            if not isinstance(tensor, Tensor) or name.startswith(unchecked):
+                continue
+            for wrong in (tensor.new_zeros(*tensor.shape, 2), tensor.long()):
+                files = changed(json_copy(example.files), *keys, **{name: wrong})
+                message = refused(put(place(tmp_path, example.format), files))
+                assert re.search(rf"tensor {re.escape(name)}: got .*, needs ", message), message
+
+
+FP16 = torch.zeros(D_IN, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("make", "keys", "values", "message"),
+    [
+        (native_topk, ["sae.safetensors"], {"b_dec": None}, "tensor b_dec: got none, needs one of shape [12]"),
+        (native_topk, ["sae.safetensors"], {"b_dec": FP16}, "tensor b_dec: got torch.float16, needs torch.float64"),
+        (native_topk, ["sae.safetensors"], {"new": FP16}, "tensor new: got one, needs none"),
+        (native_topk, ["config.json"], {"d_sae": 41}, "tensor W_enc: got shape [40, 12], needs [41, 12]"),
+        (native_topk, ["config.json"], {"k": 41}, "k: got 41, needs a number from 0 to d_sae = 40"),
+        (adaptivek, ["dynamic_config.json"], {"min_k": None}, "dynamic_config.json: min_k: got none, needs int"),
+        (adaptivek, ["dynamic_config.json"], {"dict_size": 7}, "dict_size: got 7, needs 40, what the tensors have"),
+        (adaptivek, ["probe.pt"], {"weights": None}, "probe.pt: tensor weights: got none"),
+        (sparsify_of_expansion_factor, ["cfg.json"], {"num_latents": 7}, "got 7, needs 36, what the tensors have"),
+        (sparsify_of_expansion_factor, ["cfg.json"], {"k": 37}, "k: got 37, needs a number from 0 to d_sae = 36"),
+        (sparsify_of_expansion_factor, ["cfg.json"], {"d_in": "12"}, "cfg.json: d_in: got '12', needs int"),
+        (
+            sparsify_of_expansion_factor,
+            ["cfg.json"],
+            {"activation": "groupmax"},
+            "got 'groupmax', needs 'topk': the best",
+        ),
+        (sparsify_of_expansion_factor, ["cfg.json"], {"signed": True}, "signed: got True, needs False"),
+        (sparsify_skip_transcoder, ["cfg.json"], {"skip_connection": None}, "tensor W_skip: got one, needs none"),
+        (sae_lens_jumprelu, ["cfg.json"], {"architecture": "gated"}, "architecture: got gated, needs one of standard"),
+        (sae_lens_jumprelu, ["cfg.json"], {"d_sae": 39}, "d_sae: got 39, needs 40, what the tensors have"),
+        (
+            sae_lens_jumprelu,
+            ["cfg.json"],
+            {"normalize_activations": "expected_average_only_in"},
+            "got expected_average_only_in, whose statistics are not in sae_weights.safetensors, needs none or",
+        ),
+        (
+            sae_lens_topk_of_version_5,
+            ["cfg.json"],
+            {"normalize_activations": True},
+            "got expected_average_only_in, whose",
+        ),
+        (sae_lens_topk_of_version_5, ["cfg.json"], {"activation_fn_str": "tanh-relu"}, "activation_fn: got tanh-relu"),
+        (
+            sae_lens_topk_of_version_5,
+            ["sae_weights.safetensors"],
+            {"scaling_factor": torch.full((D_SAE,), 2.0)},
+            "tensor scaling_factor: got other values, needs all 1",
+        ),
+        (
+            sae_lens_transcoder_of_another_width,
+            ["cfg.json"],
+            {"normalize_activations": "layer_norm"},
+            "normalize_activations: got layer_norm, needs none",
+        ),
+        (dictionary_learning_topk, ["config.json", "trainer"], {"dict_class": None}, "dict_class: got none, needs str"),
+        (
+            dictionary_learning_topk,
+            ["config.json", "trainer"],
+            {"dict_class": "Fancy"},
+            "got Fancy, needs one of AutoEn",
+        ),
+        (dictionary_learning_topk, ["config.json", "trainer"], {"dict_class": "GatedAutoEncoder"}, "a second encoder"),
+        (dictionary_learning_topk, ["config.json", "trainer"], {"k": 6}, "k: got 6, needs 5, what the tensors have"),
+        (openai_topk, [""], {"activation": "Identity"}, "activation: got 'Identity', needs TopK or ReLU"),
+        (openai_topk, ["", "activation_state_dict"], {"postact_fn": "Identity"}, "got 'Identity', needs 'ReLU'"),
+        (llamascopium_topk_by_decoder_norm, ["config.json"], {"sae_type": "clt"}, "sae_type: got 'clt', needs 'sae'"),
+        (llamascopium_topk_by_decoder_norm, ["config.json"], {"use_glu_encoder": True}, "its gate is a second encoder"),
+        (
+            llamascopium_topk_by_decoder_norm,
+            ["config.json"],
+            {"act_fn": "batchtopk"},
+            "depends on the batch, needs topk",
+        ),
+        (llamascopium_topk_by_decoder_norm, ["config.json"], {"act_fn": "molt"}, "act_fn: got molt, needs topk"),
+        (
+            llamascopium_topk_by_decoder_norm,
+            ["config.json"],
+            {"norm_activation": "batch-wise"},
+            "got batch-wise, whose",
+        ),
+        (
+            llamascopium_topk_by_decoder_norm,
+            ["config.json"],
+            {"norm_activation": None},
+            "got nan, needs a number above 0",
+        ),
+        (llamascopium_topk_by_decoder_norm, ["config.json"], {"expansion_factor": 3}, "got 36, needs 40, what the"),
+        (
+            circuit_tracer_jumprelu,
+            [""],
+            {"activation_function.threshold": torch.full((D_SAE,), -0.5)},
+            "tensor activation_function.threshold: got -0.5, needs 0 or more",
+        ),
+    ],
+)
+def test_what_a_file_may_not_say(tmp_path, make, keys, values, message):
+    example = make()
+    path = put(place(tmp_path, example.format), changed(json_copy(example.files), *keys, **values))
+    assert message in refused(path)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, "elsewhere"])
+def test_files_of_another_format(tmp_path, format):
+    for make in SAMPLES.values():
+        example = make()
+        if example.format != format:
+            path = put(place(tmp_path, example.format, make.__name__), example.files)
+            with pytest.raises(UserError, match="got"):
+                formats.load(path, format)
+
+
+def test_cross_layer_transcoders_are_refused(tmp_path):
+    path = put(tmp_path, {"W_enc_0.safetensors": {"W_enc_0": torch.zeros(4, 3)}})
+    assert "got a cross-layer transcoder, needs one layer's: its latents write to several" in refused(path)
+    assert "got a cross-layer transcoder" in refused(path / "W_enc_0.safetensors")
+
+
+@pytest.mark.parametrize("name", ["checkpoints/pruned.safetensors", "checkpoints/final.pt"])
+def test_llamascopium_has_other_names_for_its_weights(tmp_path, name):
+    files = llamascopium_topk_by_decoder_norm().files
+    tensors = files.pop("sae_weights.safetensors")
+    files[name] = {"sae": tensors} if name.endswith(".pt") else tensors
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    sae = formats.load(put(tmp_path / "a", files))
+    close(sae(X), llamascopium_topk_by_decoder_norm().output(X))
+    formats.save(sae, tmp_path / "b", "llamascopium")
+    assert contents(tmp_path / "b" / name) == contents(tmp_path / "a" / name)
+
+
+def test_distributed_checkpoints_are_refused(tmp_path):
+    (tmp_path / "sae_weights.dcp").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    assert "sae_weights.dcp: got a distributed checkpoint, needs one file" in refused(tmp_path)
+
+
+def test_a_format_that_is_not_clear(tmp_path):
+    assert "got no such file or folder" in refused(tmp_path / "nowhere")
+    assert f"got files of no format known here, needs the format to be given: {', '.join(FORMATS)}" in refused(tmp_path)
+    put(tmp_path, {**sparsify_of_expansion_factor().files, "config.json": {}})
+    assert "got files of native and sparsify, needs the format to be given: native, sparsify" in refused(tmp_path)
+    assert formats.load(tmp_path, "sparsify").d_sae == 36
+
+
+def test_16_bit_thresholds_that_would_be_rounded(tmp_path):
+    """bf16 weights beside fp32 thresholds, as SAELens trains them: its own files would round them."""
+    example = dictionary_learning_jumprelu()
+    tensors = example.files["ae.pt"]
+    tensors.update(
+        {name: t.to(torch.float32 if name == "threshold" else torch.bfloat16) for name, t in tensors.items()}
+    )
+    sae = formats.load(put(tmp_path / "a", example.files))
+    with pytest.raises(UserError, match=r"threshold: got torch.float32 values that are not exact in torch.bfloat16"):
+        formats.save(sae, tmp_path / "b", "sae_lens")
+    with pytest.raises(UserError, match=r"threshold: got values whose logarithms torch.bfloat16 cannot hold"):
+        formats.save(sae, tmp_path / "b", "llamascopium")
+    exact = tensors["threshold"].bfloat16().float()
+    sae = dataclasses.replace(sae, activation=dataclasses.replace(sae.activation, threshold=exact))
+    formats.save(sae, tmp_path / "b", "sae_lens")
+    assert torch.equal(formats.load(tmp_path / "b").activation.threshold.float(), exact)
+
+
+# ------------------------------------------------------------------------------------- destinations, command line
+
+
+def test_a_destination_that_is_there(tmp_path):
+    sae = formats.load(put(tmp_path / "a", native_topk().files))
+    formats.save(sae, tmp_path / "b", "sparsify")
+    other = dataclasses.replace(sae, b_dec=sae.b_dec + 1)
+    with pytest.raises(UserError, match=r"b: got a destination that exists, needs a new one, or overwrite"):
+        formats.save(other, tmp_path / "b", "sparsify")
+    assert torch.equal(formats.load(tmp_path / "b").b_dec, sae.b_dec)
+    formats.save(other, tmp_path / "b", "sparsify", overwrite=True)
+    assert torch.equal(formats.load(tmp_path / "b").b_dec, other.b_dec)
+    # In place, while the tensors being written are those of the file that is replaced.
+    formats.save(formats.load(tmp_path / "b"), tmp_path / "b", "sparsify", overwrite=True)
+    assert torch.equal(formats.load(tmp_path / "b").b_dec, other.b_dec)
+    assert sorted(os.listdir(tmp_path / "b")) == ["cfg.json", "sae.safetensors"]
+
+    (tmp_path / "empty").mkdir()
+    formats.save(sae, tmp_path / "empty", "sparsify")
+    with pytest.raises(UserError, match="got a file, needs the other for sparsify"):
+        formats.save(sae, tmp_path / "empty" / "cfg.json", "sparsify", overwrite=True)
+    with pytest.raises(UserError, match=r"got a name for openai, needs one that ends in \.pt"):
+        formats.save(sae, tmp_path / "c", "openai")
+    with pytest.raises(UserError, match="format: got 'elsewhere', needs one of native"):
+        formats.save(sae, tmp_path / "c", "elsewhere")
+
+
+def test_a_failed_write_leaves_no_half_file(tmp_path, monkeypatch):
+    def full(value, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    sae = formats.load(put(tmp_path / "a", native_topk().files))
+    formats.save(sae, tmp_path / "b", "dictionary_learning")
+    before = contents(tmp_path / "b")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        formats.save(sae, tmp_path / "b", "dictionary_learning", overwrite=True)
+    assert contents(tmp_path / "b") == before
+
+
+def convert(*arguments: object) -> int:
+    return cli.main(["convert", *map(str, arguments)])
+
+
+def test_convert_on_the_command_line(tmp_path, capsys):
+    source = put(tmp_path / "layers.3", sparsify_of_expansion_factor().files)
+    assert convert("--from", "sparsify", "--to", "sae_lens", source, tmp_path / "b") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("SAE (TopK, k = 5; 36 latents of 12 inputs): ")
+    assert printed.endswith(f"{source} (sparsify) -> {tmp_path / 'b'} (sae_lens); weights unchanged\n")
+    # The format of the source is told by its files.
+    assert convert("--to", "llamascopium", tmp_path / "b", tmp_path / "c") == 0
+    assert capsys.readouterr().out.endswith("(llamascopium); W_enc b_dec subtracted from b_enc\n")
+    close(formats.load(tmp_path / "c")(X), sparsify_of_expansion_factor().output(X))
+
+    assert convert("--to", "llamascopium", tmp_path / "b", tmp_path / "c") == 2
+    assert "got a destination that exists" in capsys.readouterr().err
+    assert convert("--to", "llamascopium", "--overwrite", tmp_path / "b", tmp_path / "c") == 0
+    assert convert("--from", "sae_lens", "--to", "adaptivek", tmp_path / "b", tmp_path / "d") == 2
+    assert "adaptivek: got TopK, which keeps the k largest scores of a row" in capsys.readouterr().err
+
+    put(tmp_path / "authors", adaptivek().files)
+    assert convert("--to", "native", tmp_path / "authors", tmp_path / "e") == 0
+    assert "; assumed, since the files do not say: steepness = 6, " in capsys.readouterr().out
+
+
+def json_copy(files: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the nested dictionaries; tensors are shared."""
+    return {name: json_copy(item) if isinstance(item, dict) else item for name, item in files.items()}
