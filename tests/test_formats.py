@@ -905,19 +905,10 @@ def test_a_truncated_or_missing_file_is_named(example, tmp_path):
 
 
 def test_every_tensor_is_checked(example, tmp_path):
-    unchecked = (
-        "_extra_state",
-        "stats_",
-        "latents_activ",
-        "latents_mean",
-        "scaling_factor",
-        "dataset_average",
-        "group_sizes",
-        "k",
-    )
-    if example.format == "dictionary_learning" and "Auto" in example.files["config.json"]["trainer"]["dict_class"]:
-        # A TopK SAE's threshold is for training.
-        unchecked += ("threshold",) * ("k" in example.files["ae.pt"])
+    unchecked = ("k", "stats_", "latents_", "scaling_factor", "dataset_average", "group_sizes")
+    if example.files.get("config.json", {}).get("trainer", {}).get("dict_class", "").endswith(("TopK", "AdaptiveK")):
+        # It is for training.
+        unchecked += ("threshold",)
     for file, content in example.files.items():
         keys = [file, "sae"] if "sae" in content else [file]
         for name, tensor in content.get("sae", content).items():

@@ -27,11 +27,11 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = {
-    "dictionary-learning": ("dictionary_learning", "adaptivek_dictionary_learning"),
-    "eai-sparsify": ("sparsify",),
-    "llamascopium": ("llamascopium",),
+    "dictionary-learning": ("dictionary_learning", "adaptivek_dictionary_learning", "formats_hosts"),
+    "eai-sparsify": ("sparsify", "formats_hosts"),
+    "llamascopium": ("llamascopium", "formats_hosts"),
     "overcomplete": ("overcomplete",),
-    "sae-lens": ("sae_lens", "adaptivek_sae_lens"),
+    "sae-lens": ("sae_lens", "adaptivek_sae_lens", "formats_hosts"),
 }
 """The test modules of `tests/compat`, without `test_`, that a package is judged by."""
 

@@ -80,8 +80,10 @@ def needs(sae: StoredSAE) -> Needs:
 
 
 def pack(sae: StoredSAE) -> dict[str, Any]:
-    hook_in = sae.hook_name or "unknown"
-    hook_out = (sae.hook_name_out or f"{hook_in}.out") if sae.transcoder else hook_in
+    hook_in = hook_out = sae.hook_name or "unknown"
+    if sae.transcoder:
+        # That they differ is what makes it one.
+        hook_out = sae.hook_name_out if sae.hook_name_out not in (None, hook_in) else f"{hook_in}.out"
     config = {
         "sae_type": "sae",
         "d_model": sae.d_in,
