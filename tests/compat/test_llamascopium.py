@@ -500,6 +500,7 @@ def test_a_run_goes_on_from_the_files_of_either(tmp_path):
         trainer.fit(sae, stream()[STEPS // 2 :])
         assert trainer.cur_step == STEPS
         assert (type(sae) is FastSparseAutoEncoder) == (second is accelerate)
+        assert (type(trainer.optimizer) is FastAdam) == (second is accelerate)
         assert_same(dict(sae.state_dict()), dict(whole.state_dict()), rtol=1e-3, atol=1e-4)
 
 
