@@ -2,12 +2,13 @@
 
 Its rules, kept here: `b_dec` is subtracted from the input (JumpReLU: only with `apply_b_dec_to_input`, never by the
 trainer); ReLU comes before the top-k; the auxiliary loss takes the dead latents best in a row from the same input, is
-computed in fp32 and divided by the variance of the residual; the JumpReLU trainer's estimator is the host's own,
-applied where it is not zero. Differences:
+computed in fp32 and divided by the variance of the residual; a row without activations makes the TopK trainer's
+threshold infinite; the JumpReLU trainer's estimator is the host's own, applied where it is not zero. Differences:
 
 * A latent fires where its activation is positive. The host's TopK trainer also counts those picked with activation 0
   by rows with fewer than k positive ones.
 * The BatchTopK trainer's threshold starts at 0 from a batch without activations, where the host raises TypeError.
+* The TopK trainer can log with `auxk_alpha=0`, where the host raises AttributeError.
 
 `encode` with its extra results, and every call while an `nn.Linear` of the autoencoder has hooks or is replaced, are
 the host's.
@@ -34,9 +35,9 @@ from .sparse import above, at, batch_topk, live
 from .weights import as_latent_major, as_row_major, normalize_rows_, project_rows_
 
 _CROWDED = 1 / 32
-"""Part of the latents active from which dense products are faster on CPUs."""
+"""Share of active latents above which dense products are faster, on CPUs."""
 _SAMPLE = 16
-"""Rows that are asked whether a batch is crowded."""
+"""Rows by which a batch is judged to be crowded. Asking an accelerator makes it wait, as the selection does anyway."""
 
 
 class _LinearAutoEncoder(AcceleratedModule):
@@ -99,8 +100,10 @@ class FastBatchTopKSAE(AbstractFirst, _LinearAutoEncoder, BatchTopKSAE):
         return self._select(x - self.b_dec).to_dense(self.dict_size)
 
     def forward(self, x: Tensor, output_features: bool = False):
+        if not self._is_plain():
+            return super().forward(x, output_features)
         selection = (x - self.b_dec, self.encoder.weight, self._bias(), self.threshold)
-        if not self._is_plain() or _is_crowded(*selection):
+        if _is_crowded(*selection):
             return super().forward(x, output_features)
         return self._output(above(*selection), output_features)
 

@@ -362,6 +362,16 @@ def test_loss(kind, alpha, dead, step):
         assert fast.pre_norm_auxk_loss > 0
 
 
+@pytest.mark.parametrize("kind", ["topk", "batch_topk"])
+def test_a_residual_without_variance(kind):
+    """Of a single row: the host's rule makes the auxiliary loss the largest number there is, not infinite."""
+    host, fast = both(kind)
+    for made in (host, fast):
+        made.dead_feature_threshold = 0
+    losses = [made.loss(inputs(1), step=0).item() for made in (host, fast)]
+    assert losses[1] == losses[0] > 1e30
+
+
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_loss_under_autocast(kind):
     """As `trainSAE` computes it on a GPU. Ranks within a rounding of bf16 may differ."""
@@ -461,6 +471,16 @@ def test_training(kind, options):
     for ours_, theirs in zip(fast.optimizer.state.values(), host.optimizer.state.values()):
         assert_same(ours_, theirs, rtol=1e-3, atol=1e-5)
     assert fast.scheduler.get_last_lr() == host.scheduler.get_last_lr()
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_updates_in_fp64(kind):
+    """Without what the host computes in fp32: to the last digits."""
+    host, fast = both(kind, **({"sparsity_penalty": 0.0} if kind == "jumprelu" else {}))
+    for step in range(5):
+        losses = [made.update(step, inputs(ROWS, seed=step)) for made in (host, fast)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-11)
+    assert_same(dict(fast.ae.named_parameters()), dict(host.ae.named_parameters()), **EXACT)
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
