@@ -51,7 +51,8 @@ def batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, budget: int, scale: Tens
         if scale is not None:
             scores *= scale
         chosen = _best_of_batch(scores, budget)
-    return encode_at(chosen, x, W_enc, b_enc)
+    is_final = scale is None and not _any_learns(x, W_enc, b_enc)
+    return chosen if is_final else encode_at(chosen, x, W_enc, b_enc)
 
 
 def above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseCodes:
@@ -65,7 +66,7 @@ def above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseC
         # NaN is selected too, and may make a row longer.
         width = scores.shape[-1] if scores.isnan().any() else width
         chosen = threshold_select(scores, threshold.to(scores.dtype), width)
-    return encode_at(chosen, x, W_enc, b_enc)
+    return encode_at(chosen, x, W_enc, b_enc) if _any_learns(x, W_enc, b_enc) else chosen
 
 
 def padded(codes: SparseCodes) -> tuple[Tensor, Tensor]:
@@ -95,6 +96,10 @@ def to_coo(codes: SparseCodes, d_sae: int) -> Tensor:
     return torch.sparse_coo_tensor(
         where, codes.values[mask], (*codes.counts.shape, d_sae), is_coalesced=True, check_invariants=False
     )
+
+
+def _any_learns(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _best_of_batch(scores: Tensor, budget: int) -> SparseCodes:
