@@ -371,7 +371,9 @@ class FastJumpReLUTrainingSAE(_TrainingSAE, JumpReLUTrainingSAE):
         return (below * torch.linalg.vector_norm(self.W_dec[dead], dim=-1)).sum(dim=-1).mean()
 
 
-class FastSAETrainer(Accelerated, SAETrainer):
+# The host first: Python lets an object change to a class whose first base is the one it had, and to others only if they
+# look alike in memory, which a generic class and this one do not.
+class FastSAETrainer(SAETrainer, Accelerated):
     """The host's, on an accelerated SAE and optimizer."""
 
     host_class = SAETrainer
