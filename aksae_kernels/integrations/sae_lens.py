@@ -2,12 +2,12 @@
 
 The host's rules, as they are kept here:
 
-* The input is cast to the SAE's dtype, reshaped, normalised, and `b_dec` taken off it where `apply_b_dec_to_input` says.
+* The input is cast to the SAE's dtype, reshaped and normalised; `b_dec` is taken off it with `apply_b_dec_to_input`.
 * With `rescale_acts_by_decoder_norm`, TopK and BatchTopK rank and hand out scores times `|W_dec[f]|`, and decode them
   divided by it. The two cancel in what is decoded and in every gradient, so codes here hold the plain scores.
-* The auxiliary loss of TopK: `coefficient * min(n_dead / k_aux, 1) * mean |sum_f s_f W_dec[f] - residual|^2` over each
-  row's `min(k_aux, n_dead)` best dead latents, with `k_aux = d_in // 2`, scores s not rectified, no bias, and a residual
-  without gradient.
+* The auxiliary loss of both is `coefficient * min(n_dead / k_aux, 1) * mean |sum_f s_f W_dec[f] - residual|^2`, where f
+  runs over a row's `min(k_aux, n_dead)` best dead latents, `k_aux = d_in // 2`, the scores s are not rectified, and no
+  gradient flows through the residual.
 * BatchTopK keeps `int(k * rows)` entries of a batch; its threshold follows the smallest of them that is positive.
 * JumpReLU keeps scores above their threshold; in training the threshold is held at 0 or more and learns from entries
   within half a bandwidth of it, on both sides.
@@ -32,11 +32,11 @@ from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
-from .. import SparseCodes, sparse_decode, threshold_select, topk_encode
+from .. import SparseCodes, sparse_decode, topk_encode
 from . import accelerate, deaccelerate
 from .accelerated import Accelerated, AcceleratedModule
 from .adam import slow_down, speed_up
-from .sparse import above, at, batch_topk, encode_at, scaled_topk, to_coo
+from .sparse import above, at, batch_topk, encode_at, from_dense, scaled_topk, to_coo
 from .weights import as_latent_major
 
 _CROWD = 8
@@ -68,7 +68,8 @@ class _Encoded(NamedTuple):
 class TrainStep(TrainStepOutput):
     """The host's, with `feature_acts` a sparse COO tensor, and `hidden_pre` computed when it is first read.
 
-    It is then that of the weights as they are at that time: read it before the optimizer's step.
+    It is then that of the weights as they are at that time: read it before the optimizer's step. Nothing in the host's
+    trainer does.
     """
 
     def __init__(self, *, hidden_pre: Callable[[], Tensor], **fields: Any):
@@ -107,12 +108,10 @@ class _SparseSAE(AcceleratedModule):
         return self.hook_sae_acts_post(self._hand_out(encoded.activations()))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        learns = torch.is_grad_enabled() and feature_acts.requires_grad
-        if feature_acts.is_sparse and learns:
+        if feature_acts.is_sparse:
             # The host's product with a COO tensor has no backward on CPUs.
             feature_acts = feature_acts.to_dense()
-        # A gradient would be that of every entry, zeros too.
-        codes = None if feature_acts.is_sparse or learns else _codes_of(feature_acts)
+        codes = from_dense(feature_acts)
         if codes is None:
             return super().decode(feature_acts)
         if self._is_rescaled():
@@ -188,7 +187,7 @@ class _TrainingSAE(_SparseSAE):
             sae_in=x,
             sae_out=sae_out,
             feature_acts=feature_acts,
-            hidden_pre=lambda: self._hidden_pre(encoded),
+            hidden_pre=lambda: self.encode_with_hidden_pre(x)[1],
             loss=sum(losses.values()),
             losses=losses,
             metrics=self._metrics(feature_acts),
@@ -199,10 +198,6 @@ class _TrainingSAE(_SparseSAE):
 
     def _metrics(self, feature_acts: Tensor) -> dict[str, Tensor]:
         return {}
-
-    def _hidden_pre(self, encoded: _Encoded) -> Tensor:
-        pre_acts = F.linear(encoded.x, self._rows_of_W_enc(), encoded.b_enc)
-        return pre_acts if encoded.norm is None else pre_acts * encoded.norm
 
 
 class _TopKTrainingSAE(_TrainingSAE):
@@ -270,7 +265,10 @@ class FastTopKTrainingSAE(_TopKSelection, _TopKTrainingSAE, TopKTrainingSAE):
 
 
 class FastBatchTopKTrainingSAE(_TopKTrainingSAE, BatchTopKTrainingSAE):
-    """A training step makes one `[B, F]` tensor, without gradient; see `TrainStep` for what it hands out."""
+    """A training step makes a `[B, F]` tensor only for a batch in which a row has eight times its share.
+
+    See `TrainStep` for what it hands out.
+    """
 
     host_class = BatchTopKTrainingSAE
     activation = BatchTopK
@@ -285,7 +283,7 @@ class FastBatchTopKTrainingSAE(_TopKTrainingSAE, BatchTopKTrainingSAE):
 
 
 class FastJumpReLUSAE(_SparseSAE, JumpReLUSAE):
-    """`encode` makes two `[B, F]` tensors, its result among them, `forward` one."""
+    """As FastTopKSAE, while at most one latent in eight fires, and in no row more than one in sixteen."""
 
     host_class = JumpReLUSAE
     activation = nn.ReLU
@@ -300,8 +298,9 @@ class FastJumpReLUSAE(_SparseSAE, JumpReLUSAE):
 class FastJumpReLUTrainingSAE(_TrainingSAE, JumpReLUTrainingSAE):
     """Codes hold the entries above their threshold and, with value 0, those whose gradient reaches it from below.
 
-    A training step makes one `[B, F]` tensor, without gradient; see `TrainStep` for what it hands out. While more than
-    an eighth of the latents would be in the codes, as at the start of a training, the host's own code runs.
+    While more than an eighth of the latents would be in them, as at the start of a training, the host's own code runs;
+    one `[B, F]` tensor, without gradient, is made while a row has more than a sixteenth. See `TrainStep` for what a
+    training step hands out.
     """
 
     host_class = JumpReLUTrainingSAE
@@ -340,7 +339,7 @@ class FastJumpReLUTrainingSAE(_TrainingSAE, JumpReLUTrainingSAE):
         threshold = at(self.threshold.to(scores.dtype), pre_acts)
         distance = (scores if self.cfg.jumprelu_ste_to_input else scores.detach()) - threshold
         is_near = (distance.detach() / self.bandwidth).abs() < 0.5
-        return (scores > threshold) + is_near / self.bandwidth * (distance - distance.detach())
+        return (scores > threshold) + is_near * (distance - distance.detach()) / self.bandwidth
 
     def _other_losses(self, step_input: TrainStepInput, encoded: _Encoded, sae_out: Tensor) -> dict[str, Tensor]:
         losses = {"l0_loss": (step_input.coefficients["l0"] * self._sparsity(encoded)).mean()}
@@ -396,16 +395,6 @@ class FastSAETrainer(SAETrainer, Accelerated):
 
 
 _TRAINING_SAES = (FastTopKTrainingSAE, FastBatchTopKTrainingSAE, FastJumpReLUTrainingSAE)
-
-
-def _codes_of(acts: Tensor) -> SparseCodes | None:
-    """The activations that are not 0, without gradient; None where they are many or some are negative."""
-    counts = torch.count_nonzero(acts, dim=-1)
-    width = int(counts.max()) if counts.numel() else 0
-    if _CROWD * width > acts.shape[-1]:
-        return None
-    codes = threshold_select(acts.detach(), 0.0, width)
-    return codes if torch.equal(codes.counts.long(), counts) else None
 
 
 def _dead(step_input: TrainStepInput) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import SparseCodes, batch_topk_select, sparse_encode, threshold_select, topk_encode
+from .. import SparseCodes, batch_topk_select, sparse_encode, threshold_select, topk_encode, topk_select
 
 _SLACK = 8
 """How many times the latents of an average row a row may have before the scores of all latents are kept at once."""
@@ -65,6 +65,18 @@ def above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseC
     with torch.no_grad():
         chosen = _all_above(x, W_enc, b_enc, threshold.to(b_enc.dtype))
     return encode_at(chosen, x, W_enc, b_enc) if _any_learns(x, W_enc, b_enc) else chosen
+
+
+def from_dense(acts: Tensor) -> SparseCodes | None:
+    """The entries of `acts [..., F]` that are not 0, without gradient, if few are and none is negative or NaN.
+
+    None if not, or if a gradient is to reach `acts`: it would be that of every entry, zeros too.
+    """
+    if (torch.is_grad_enabled() and acts.requires_grad) or not acts.numel() or not bool(acts.min() >= 0):
+        return None
+    width = acts.shape[-1] // (2 * _SLACK)
+    codes = topk_select(acts, width)
+    return _trimmed(codes) if bool((codes.counts < width).all()) else None
 
 
 def padded(codes: SparseCodes) -> tuple[Tensor, Tensor]:
