@@ -12,6 +12,9 @@ The host's rules, as they are kept here:
 * JumpReLU keeps scores above their threshold; in training the threshold is held at 0 or more and learns from entries
   within half a bandwidth of it, on both sides.
 
+What a step hands out as `feature_acts` is a COO tensor, for which the host waits for an accelerator, as it does for the
+dead latents, and here for the width of the codes of BatchTopK and JumpReLU.
+
 Where somebody looks at dense activations or puts others in their place (a hook on `hook_sae_input`, on
 `hook_sae_acts_pre`, on the activation function; in a forward or a training step also on `hook_sae_acts_post`), where an
 error term is asked for, and where more than an eighth of the latents fire, the host's own code runs.
@@ -376,6 +379,10 @@ class FastSAETrainer(SAETrainer, Accelerated):
     """The host's, on an accelerated SAE and optimizer."""
 
     host_class = SAETrainer
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._attach()
 
     @classmethod
     def refusal(cls, obj: Any) -> str | None:

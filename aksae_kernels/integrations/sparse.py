@@ -125,7 +125,7 @@ def _best_of_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, budget: int) -> Spar
 
 def _all_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseCodes:
     # What is above a bar is positive once the bar is taken off: no [B, F] is needed, unless a row has very many.
-    bar = threshold.clamp(min=0).expand_as(b_enc)
+    bar = threshold.clamp(min=0).nan_to_num(nan=math.inf, posinf=math.inf).expand_as(b_enc)
     width = len(W_enc) // (2 * _SLACK)
     codes = topk_encode(x, W_enc, b_enc - bar, k=width)
     if bool((codes.counts < width).all()):

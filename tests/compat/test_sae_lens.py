@@ -23,6 +23,7 @@ from aksae_kernels.integrations.sae_lens import (  # noqa: E402
     FastBatchTopKTrainingSAE,
     FastJumpReLUSAE,
     FastJumpReLUTrainingSAE,
+    FastSAETrainer,
     FastTopKSAE,
     FastTopKTrainingSAE,
     TrainStep,
@@ -75,7 +76,11 @@ def training_sae(name: str, **options):
 
 
 def inference_sae(name: str, **options):
-    return build(INFERENCE[name], **({"k": K, **options} if name == "topk" else options))
+    sae = build(INFERENCE[name], **({"k": K, **options} if name == "topk" else options))
+    if name == "jumprelu":
+        # So few fire that the scores of all latents are not kept.
+        sae.threshold.data += 2.5
+    return sae
 
 
 def accelerated(sae):
@@ -515,7 +520,7 @@ def test_where_most_latents_fire_inference_is_the_hosts(name):
 @pytest.mark.parametrize("threshold", [torch.inf, -torch.inf, torch.nan, -0.3])
 def test_odd_thresholds(threshold):
     sae = inference_sae("jumprelu")
-    sae.threshold.data[::9] = threshold
+    sae.threshold.data[::40] = threshold
     fast = accelerated(sae)
     assert_close(fast.encode(inputs(B)), sae.encode(inputs(B)), "encode")
     assert_close(fast(inputs(B)), sae(inputs(B)), "forward")
@@ -894,6 +899,15 @@ def test_a_trainer_goes_back_in_the_middle(name):
     assert type(moving.optimizer) is torch.optim.Adam
     assert all(parameter.is_contiguous() for parameter in moving.sae.parameters())
     assert all(state["exp_avg"].is_contiguous() for state in moving.optimizer.state.values())
+
+
+def test_a_trainer_constructed_directly():
+    slow_trainer = trainer(training_sae("topk"))
+    fast_trainer = FastSAETrainer(slow_trainer.cfg, training_sae("topk"), batches())
+    assert type(fast_trainer.sae) is FastTopKTrainingSAE
+    assert type(fast_trainer.optimizer) is FastAdam
+    x = next(slow_trainer.data_provider).double()
+    assert_close(fast_trainer.step(x).loss, slow_trainer.step(x).loss, "loss")
 
 
 def test_an_sae_that_is_accelerated_already_may_get_a_trainer():
