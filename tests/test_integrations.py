@@ -282,6 +282,57 @@ def test_above(rows):
         assert_gradients(codes, kept.double(), operands)
 
 
+@pytest.mark.parametrize("learning", [False, True], ids=["inference", "learning"])
+@pytest.mark.parametrize("threshold", [4.0, 0.0, torch.nan, -torch.inf], ids=str)
+def test_above_where_few_are(threshold, learning):
+    """Whether a row has more latents than are looked for at first, or none has."""
+    operands = x, W, b = problem(d_sae=400)
+    thresholds = torch.full((400,), 4.0, dtype=torch.float64)
+    thresholds[:40] = threshold
+    scores = x @ W.T + b
+    kept = (scores > thresholds) & (scores > 0)
+    with torch.set_grad_enabled(learning):
+        codes = sparse.above(x, W, b, thresholds)
+    torch.testing.assert_close(codes.to_dense(400), scores * kept)
+    assert codes.indices.shape[-1] == kept.sum(-1).max()
+    if learning:
+        assert_gradients(codes, kept.double(), operands)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 6.0])
+def test_above_takes_one_threshold_for_all(threshold):
+    x, W, b = problem(d_sae=400)
+    scores = x @ W.T + b
+    codes = sparse.above(x, W, b, torch.tensor(threshold, dtype=torch.float64))
+    torch.testing.assert_close(codes.to_dense(400), scores * (scores > threshold))
+
+
+@pytest.mark.parametrize("lead", [(5,), (2, 3), ()], ids=str)
+def test_from_dense(lead):
+    acts = random_codes(lead, 4, 200, dtype=torch.float64).to_dense(200).abs()
+    codes = sparse.from_dense(acts)
+    assert torch.equal(codes.to_dense(200), acts)
+    assert codes.indices.shape[-1] == (acts > 0).sum(-1).max()
+
+
+@pytest.mark.parametrize("value", [-1.0, torch.nan, -torch.inf])
+def test_from_dense_refuses_what_codes_do_not_hold(value):
+    acts = torch.zeros(5, 200)
+    assert sparse.from_dense(acts) is not None
+    acts[3, 7] = value
+    assert sparse.from_dense(acts) is None
+
+
+def test_from_dense_refuses_many_and_what_learns():
+    acts = torch.zeros(5, 200)
+    acts[3, :100] = 1
+    assert sparse.from_dense(acts) is None
+    learning = torch.zeros(5, 200, requires_grad=True)
+    assert sparse.from_dense(learning) is None
+    with torch.no_grad():
+        assert sparse.from_dense(learning) is not None
+
+
 def test_above_keeps_nan():
     x, W, b = problem()
     x = x.detach().clone()

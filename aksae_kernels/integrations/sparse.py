@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import SparseCodes, batch_topk_select, sparse_encode, threshold_select, topk_encode
+from .. import SparseCodes, batch_topk_select, sparse_encode, threshold_select, topk_encode, topk_select
+
+_SLACK = 8
+"""How many times the latents of an average row a row may have before the scores of all latents are kept at once."""
 
 
 def live(codes: SparseCodes) -> Tensor:
@@ -47,11 +49,12 @@ def batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, budget: int, scale: Tens
     an accelerator a wait for the host, as does the top-k over the batch that it stands in for.
     """
     with torch.no_grad():
-        scores = F.linear(x, W_enc, b_enc)
-        if scale is not None:
-            scores *= scale
-        chosen = _best_of_batch(scores, budget)
-    return encode_at(chosen, x, W_enc, b_enc)
+        if scale is None:
+            chosen = _best_of_batch(x, W_enc, b_enc, budget)
+        else:
+            chosen = _best_of_batch(x, W_enc * scale.unsqueeze(1), b_enc * scale, budget)
+    is_final = scale is None and not _any_learns(x, W_enc, b_enc)
+    return chosen if is_final else encode_at(chosen, x, W_enc, b_enc)
 
 
 def above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseCodes:
@@ -60,12 +63,20 @@ def above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseC
     The width of the codes is that of the longest row, as in `batch_topk`.
     """
     with torch.no_grad():
-        scores = F.linear(x, W_enc, b_enc)
-        width = int((scores > threshold.clamp(min=0)).sum(-1).max()) if scores.numel() else 0
-        # NaN is selected too, and may make a row longer.
-        width = scores.shape[-1] if scores.isnan().any() else width
-        chosen = threshold_select(scores, threshold.to(scores.dtype), width)
-    return encode_at(chosen, x, W_enc, b_enc)
+        chosen = _all_above(x, W_enc, b_enc, threshold.to(b_enc.dtype))
+    return encode_at(chosen, x, W_enc, b_enc) if _any_learns(x, W_enc, b_enc) else chosen
+
+
+def from_dense(acts: Tensor) -> SparseCodes | None:
+    """The entries of `acts [..., F]` that are not 0, without gradient, if few are and none is negative or NaN.
+
+    None if not, or if a gradient is to reach `acts`: it would be that of every entry, zeros too.
+    """
+    if (torch.is_grad_enabled() and acts.requires_grad) or not acts.numel() or not bool(acts.min() >= 0):
+        return None
+    width = acts.shape[-1] // (2 * _SLACK)
+    codes = topk_select(acts, width)
+    return _trimmed(codes) if bool((codes.counts < width).all()) else None
 
 
 def padded(codes: SparseCodes) -> tuple[Tensor, Tensor]:
@@ -97,14 +108,36 @@ def to_coo(codes: SparseCodes, d_sae: int) -> Tensor:
     )
 
 
-def _best_of_batch(scores: Tensor, budget: int) -> SparseCodes:
-    """`batch_topk_select`, no wider than the longest row needs."""
-    rows = max(1, scores[..., 0].numel())
-    codes = None
-    if scores.device.type == "cpu":
-        # Wide enough for all but odd batches; codes of width F are as large as the scores.
-        with contextlib.suppress(ValueError):
-            codes = batch_topk_select(scores, budget, 8 * math.ceil(budget / rows))
-    codes = batch_topk_select(scores, budget) if codes is None else codes
+def _any_learns(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _best_of_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, budget: int) -> SparseCodes:
+    # From each row's best, eight times as many as it has on average: no [B, F] is needed, unless all of a row's win.
+    rows = max(1, x.shape[:-1].numel())
+    width = min(_SLACK * math.ceil(budget / rows), len(W_enc))
+    best = topk_encode(x, W_enc, b_enc, k=width)
+    winners = batch_topk_select(best.values, budget)
+    if width == len(W_enc) or bool((winners.counts < width).all()):
+        return _trimmed(winners._replace(indices=best.indices.gather(-1, winners.indices.clamp(min=0).long())))
+    return _trimmed(batch_topk_select(F.linear(x, W_enc, b_enc), budget))
+
+
+def _all_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseCodes:
+    # What is above a bar is positive once the bar is taken off: no [B, F] is needed, unless a row has very many.
+    bar = threshold.clamp(min=0).nan_to_num(nan=math.inf, posinf=math.inf).expand_as(b_enc)
+    width = len(W_enc) // (2 * _SLACK)
+    codes = topk_encode(x, W_enc, b_enc - bar, k=width)
+    if bool((codes.counts < width).all()):
+        codes = _trimmed(codes)
+        return codes._replace(values=codes.values + at(bar, codes))
+    scores = F.linear(x, W_enc, b_enc)
+    # NaN is selected whatever the threshold.
+    width = int(((scores > bar) | scores.isnan()).sum(-1).max())
+    return threshold_select(scores, threshold.to(scores.dtype), width)
+
+
+def _trimmed(codes: SparseCodes) -> SparseCodes:
+    """No wider than the longest row."""
     width = int(codes.counts.max()) if codes.counts.numel() else 0
     return SparseCodes(codes.values[..., :width].contiguous(), codes.indices[..., :width].contiguous(), codes.counts)
