@@ -8,12 +8,13 @@ unit norm. Nobody has an auxiliary loss to compute, since no latent is dead.
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from aksae_kernels import integrations
+from aksae_kernels.integrations.adam import speed_up
 
 from .phases import Span
 from .steps import LR, Step
@@ -21,6 +22,10 @@ from .steps import LR, Step
 # sparsify reads it when it is imported: where Triton is installed and no GPU is, its decode fails without.
 if not torch.cuda.is_available():
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+
+
+_BANDWIDTH = 0.01
+"""Of the estimator by which a JumpReLU learns its thresholds."""
 
 
 class Host(Step, Protocol):
@@ -33,28 +38,30 @@ class Host(Step, Protocol):
         ...
 
 
+def threshold(W: Tensor, k: int) -> float:
+    """What k of the latents exceed on average, of rows of unit norm and an input that is standard normal."""
+    return torch.special.ndtri(torch.tensor(1 - min(k, len(W)) / len(W), dtype=torch.float64)).item()
+
+
 class DictionaryLearning:
     """`TopKTrainer.update`. It subtracts `b_dec`, projects, clips at 1, steps Adam and renormalises."""
 
     def __init__(self, W: Tensor, k: int):
+        d_sae, d_in = W.shape
+        sizes = {"activation_dim": d_in, "dict_size": d_sae, "layer": 0, "lm_name": "", "device": str(W.device)}
+        self.trainer = self.make_trainer(k, steps=1_000_000, lr=LR, warmup_steps=0, **sizes)
+        self.fill(W, k)
+
+    def make_trainer(self, k: int, **options: Any) -> Any:
         from dictionary_learning.trainers.top_k import TopKTrainer
 
-        d_sae, d_in = W.shape
-        self.trainer = TopKTrainer(
-            steps=1_000_000,
-            activation_dim=d_in,
-            dict_size=d_sae,
-            k=k,
-            layer=0,
-            lm_name="",
-            lr=LR,
-            warmup_steps=0,
-            device=str(W.device),
-        )
-        with torch.no_grad():
-            self.trainer.ae.encoder.weight.copy_(W)
-            self.trainer.ae.decoder.weight.copy_(W.T)
-            self.trainer.ae.encoder.bias.zero_()
+        return TopKTrainer(k=k, **options)
+
+    @torch.no_grad()
+    def fill(self, W: Tensor, k: int) -> None:
+        self.trainer.ae.encoder.weight.copy_(W)
+        self.trainer.ae.decoder.weight.copy_(W.T)
+        self.trainer.ae.encoder.bias.zero_()
 
     def accelerate(self) -> None:
         integrations.accelerate(self.trainer)
@@ -78,16 +85,43 @@ class DictionaryLearning:
         return self.trainer.ae(x)
 
 
+class DictionaryLearningBatchTopK(DictionaryLearning):
+    """`BatchTopKTrainer.update`; inference goes by the threshold, here one that k latents of a row pass on average."""
+
+    def make_trainer(self, k: int, **options: Any) -> Any:
+        from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+
+        return BatchTopKTrainer(k=k, **options)
+
+    def fill(self, W: Tensor, k: int) -> None:
+        super().fill(W, k)
+        self.trainer.ae.threshold.fill_(threshold(W, k))
+
+
+class DictionaryLearningJumpReLU(DictionaryLearning):
+    """`JumpReluTrainer.update`, from thresholds that k latents of a row pass on average."""
+
+    def make_trainer(self, k: int, **options: Any) -> Any:
+        from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+
+        return JumpReluTrainer(target_l0=float(k), bandwidth=_BANDWIDTH, sparsity_warmup_steps=0, **options)
+
+    @torch.no_grad()
+    def fill(self, W: Tensor, k: int) -> None:
+        self.trainer.ae.W_enc.copy_(W.T)
+        self.trainer.ae.W_dec.copy_(W)
+        self.trainer.ae.threshold.fill_(threshold(W, k))
+
+
 class SAELens:
     """`SAETrainer.step` of a `TopKTrainingSAE`. It clips at 1, and scales by decoder norms where others normalise."""
 
     def __init__(self, W: Tensor, k: int):
         from sae_lens.config import LoggingConfig, SAETrainerConfig
-        from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
         d_sae, d_in = W.shape
-        sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k, device=str(W.device)))
+        sae = self.make_sae(k, d_in=d_in, d_sae=d_sae, device=str(W.device))
         with torch.no_grad():
             sae.W_enc.copy_(W.T)
             sae.W_dec.copy_(W)
@@ -100,6 +134,11 @@ class SAELens:
             logger=LoggingConfig(log_to_wandb=False),
         )
         self.trainer = SAETrainer(config, sae, data_provider=iter(()))
+
+    def make_sae(self, k: int, **sizes: Any) -> Any:
+        from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+
+        return TopKTrainingSAE(TopKTrainingSAEConfig(k=k, **sizes))
 
     def accelerate(self) -> None:
         integrations.accelerate(self.trainer)
@@ -123,10 +162,33 @@ class SAELens:
         return self.trainer.sae(x)
 
 
+class SAELensBatchTopK(SAELens):
+    """`SAETrainer.step` of a `BatchTopKTrainingSAE`."""
+
+    def make_sae(self, k: int, **sizes: Any) -> Any:
+        from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+
+        return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=k, **sizes))
+
+
+class SAELensJumpReLU(SAELens):
+    """`SAETrainer.step` of a `JumpReLUTrainingSAE`, from thresholds that k latents of a row pass on average."""
+
+    def __init__(self, W: Tensor, k: int):
+        super().__init__(W, k)
+        self.trainer.sae.threshold.data.fill_(threshold(W, k))
+
+    def make_sae(self, k: int, **sizes: Any) -> Any:
+        from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+
+        return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(jumprelu_bandwidth=_BANDWIDTH, **sizes))
+
+
 class Sparsify:
     """`SparseCoder` with Adam, in the order of its `Trainer`, which itself only trains behind a language model.
 
-    Left out are its counts of dead latents, to its advantage.
+    Left out are its counts of dead latents, to its advantage. Accelerated, coder and Adam are what they are in an
+    accelerated `Trainer`.
     """
 
     def __init__(self, W: Tensor, k: int):
@@ -141,6 +203,7 @@ class Sparsify:
 
     def accelerate(self) -> None:
         integrations.accelerate(self.coder)
+        speed_up(self.optimizer)
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -168,3 +231,86 @@ class Sparsify:
     @torch.no_grad()
     def infer(self, x: Tensor) -> Tensor:
         return self.coder(x).sae_out
+
+
+class Llamascopium:
+    """`SparseAutoEncoder.compute_loss` and Adam, as its `Trainer` has them. Nothing holds decoder rows or clips."""
+
+    def __init__(self, W: Tensor, k: int):
+        from llamascopium.models.sae import SAEConfig, SparseAutoEncoder
+
+        d_sae, d_in = W.shape
+        places = {"hook_point_in": "x", "hook_point_out": "x", "device": str(W.device)}
+        config = SAEConfig(d_model=d_in, expansion_factor=d_sae / d_in, act_fn="topk", top_k=k, **places)
+        self.sae = SparseAutoEncoder(config)
+        self.sae.init_parameters(encoder_uniform_bound=0.1, decoder_uniform_bound=0.1)
+        with torch.no_grad():
+            self.sae.W_E.copy_(W.T)
+            self.sae.W_D.copy_(W)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=LR)
+
+    def accelerate(self) -> None:
+        integrations.accelerate(self.sae)
+        speed_up(self.optimizer)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return (
+            Span(self.sae, "encode", "encode"),
+            Span(torch.Tensor, "topk", "select"),
+            Span(self.sae, "compute_loss", "decode + loss"),
+            Span(torch.Tensor, "backward", "backward"),
+            Span(self.optimizer, "step", "optimizer"),
+        )
+
+    def __call__(self, x: Tensor) -> float:
+        loss = self.sae.compute_loss({"x": x, "tokens": x[:, 0]})["loss"]
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    @torch.no_grad()
+    def infer(self, x: Tensor) -> Tensor:
+        return self.sae(x)
+
+
+class Overcomplete:
+    """`TopKSAE` with its linear encoder, on the squared error; it normalises its dictionary whenever it decodes."""
+
+    def __init__(self, W: Tensor, k: int):
+        from overcomplete.sae import TopKSAE
+
+        d_sae, d_in = W.shape
+        self.sae = TopKSAE(d_in, d_sae, top_k=k, device=str(W.device))
+        with torch.no_grad():
+            self.sae.dictionary._weights.copy_(W)
+            self.sae.encoder.final_block[0].weight.copy_(W)
+            self.sae.encoder.final_block[0].bias.zero_()
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=LR)
+
+    def accelerate(self) -> None:
+        integrations.accelerate(self.sae)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return (
+            Span(self.sae, "encode", "encode"),
+            Span(torch, "topk", "select"),
+            Span(self.sae, "forward", "decode + loss"),
+            Span(torch.Tensor, "backward", "backward"),
+            Span(self.optimizer, "step", "optimizer"),
+        )
+
+    def __call__(self, x: Tensor) -> float:
+        self.sae.train()
+        loss = (x - self.sae(x)[2]).square().sum(-1).mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    @torch.no_grad()
+    def infer(self, x: Tensor) -> Tensor:
+        self.sae.eval()
+        return self.sae(x)[2]

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from . import hosts, machine, memory
+from .bare_overcomplete import make_importable
 from .case import OURS
 from .child import output_of
 from .phases import PHASES, timed
@@ -47,47 +48,40 @@ _LESS_MEMORY = Target(1 / 2, 1 / 4)
 
 
 class Peer(NamedTuple):
-    """A package, how it is called at PyPI, and which step of ours does the same work (None: none does)."""
+    """A class of a package, how that is called at PyPI, and which step of ours does the same work (None: none does)."""
 
     name: str
     module: str
     package: str
     make: Callable[[Tensor, int], hosts.Host]
-    ours: str | None
-    target: Target | None
+    ours: str | None = None
+    target: Target | None = None
     """Of our step over the host's."""
-    accelerated: Target | None
+    accelerated: Target | None = None
     """Of the host's accelerated step over its own."""
 
 
+_DICTIONARY_LEARNING = ("dictionary_learning", "dictionary-learning")
+_SAE_LENS = ("sae_lens", "sae-lens")
+_BESIDE_OURS = {"ours": CLIPPED, "target": Target(1 / 6, 1 / 12), "accelerated": Target(1 / 4, 1 / 8)}
 PEERS = (
-    Peer(
-        "dictionary_learning TopKTrainer",
-        "dictionary_learning",
-        "dictionary-learning",
-        hosts.DictionaryLearning,
-        CLIPPED,
-        Target(1 / 6, 1 / 12),
-        Target(1 / 4, 1 / 8),
-    ),
-    Peer(
-        "SAELens TopKTrainingSAE",
-        "sae_lens",
-        "sae-lens",
-        hosts.SAELens,
-        CLIPPED,
-        Target(1 / 6, 1 / 12),
-        Target(1 / 4, 1 / 8),
-    ),
+    Peer("dictionary_learning TopKTrainer", *_DICTIONARY_LEARNING, hosts.DictionaryLearning, **_BESIDE_OURS),
+    Peer("SAELens TopKTrainingSAE", *_SAE_LENS, hosts.SAELens, **_BESIDE_OURS),
     Peer(
         "sparsify SparseCoder + Adam",
         "sparsify",
         "eai-sparsify",
         hosts.Sparsify,
-        OURS,
-        Target(1 / 3, 1 / 6),
-        Target(1 / 2, 1 / 4),
+        ours=OURS,
+        target=Target(1 / 3, 1 / 6),
+        accelerated=Target(1 / 2, 1 / 4),
     ),
+    Peer("dictionary_learning BatchTopKTrainer", *_DICTIONARY_LEARNING, hosts.DictionaryLearningBatchTopK),
+    Peer("dictionary_learning JumpReluTrainer", *_DICTIONARY_LEARNING, hosts.DictionaryLearningJumpReLU),
+    Peer("SAELens BatchTopKTrainingSAE", *_SAE_LENS, hosts.SAELensBatchTopK),
+    Peer("SAELens JumpReLUTrainingSAE", *_SAE_LENS, hosts.SAELensJumpReLU),
+    Peer("Llamascopium SparseAutoEncoder", "llamascopium.models.sae", "llamascopium", hosts.Llamascopium),
+    Peer("overcomplete TopKSAE", "overcomplete.sae", "overcomplete", hosts.Overcomplete),
 )
 
 
@@ -97,6 +91,8 @@ def absence(peer: Peer) -> str | None:
         version(peer.package)
     except PackageNotFoundError:
         return f"not installed: pip install {peer.package}, or make bench-peers for all of them"
+    if peer.package == "overcomplete":
+        make_importable()
     try:
         # Some greet on stdout, which is the table's.
         with contextlib.redirect_stdout(sys.stderr):

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from .. import SparseCodes, sparse_decode, topk_encode
 from . import accelerate, deaccelerate
-from .accelerated import Accelerated, AcceleratedModule
+from .accelerated import Accelerated, AcceleratedModule, has_hooks
 from .adam import slow_down, speed_up
 from .sparse import above, at, batch_topk, encode_at, from_dense, scaled_topk, to_coo
 from .weights import as_latent_major
@@ -173,7 +173,7 @@ class _SparseSAE(AcceleratedModule):
     def _is_watched(self, *others: nn.Module) -> bool:
         """Whether a hook sees what only the host computes, or may put something in its place."""
         watched = (self.hook_sae_input, self.hook_sae_acts_pre, self.activation_fn, *others)
-        return type(self.activation_fn) is not self.activation or any(map(_has_hooks, watched))
+        return type(self.activation_fn) is not self.activation or any(map(has_hooks, watched))
 
 
 class _TrainingSAE(_SparseSAE):
@@ -417,8 +417,3 @@ def _is_crowded(x: Tensor, W_enc: Tensor, bias: Tensor) -> bool:
     rows = rows[:: max(1, len(rows) // _SAMPLE)]
     hits = F.linear(rows, W_enc.detach(), bias.detach()) > 0
     return _CROWD * int(hits.sum()) > hits.numel()
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)

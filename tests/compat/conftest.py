@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .bare_overcomplete import make_importable
+from benchmarks.bare_overcomplete import make_importable
 
 # sparsify looks for Triton once, at import, and then insists on a GPU.
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")

@@ -30,7 +30,7 @@ def test_example(path, tmp_path):
             pytest.skip(f"needs the package {name}")
     search = [str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search)), "HF_HUB_OFFLINE": "1"}
-    runner = [str(ROOT / "tests" / "compat" / "bare_overcomplete.py")] if "overcomplete" in hosts(path) else []
+    runner = ["-m", "benchmarks.bare_overcomplete"] if "overcomplete" in hosts(path) else []
     done = subprocess.run(
         [sys.executable, *runner, str(path)],
         cwd=tmp_path,
