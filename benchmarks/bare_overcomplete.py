@@ -1,4 +1,4 @@
-"""`python -m benchmarks.bare_overcomplete SCRIPT`: runs a script that imports overcomplete where overcomplete cannot be imported.
+"""`python -m benchmarks.bare_overcomplete SCRIPT`: runs a script where overcomplete cannot be imported as it is.
 
 Its `__init__` also imports vision models and plots. Those want a torchvision, and that of the package index does not
 load beside a CPU torch (merely being there, it breaks transformers); and a matplotlib before 3.9. The autoencoders of
