@@ -41,23 +41,36 @@ class SparseCodes(NamedTuple):
         index = torch.where(live, self.indices, 0).long()
         return dense.scatter_add_(-1, index, torch.where(live, self.values, 0))
 
+    def to_coo(self, d_sae: int) -> Tensor:
+        """The codes as a coalesced `torch.sparse_coo_tensor` `[..., d_sae]`, columns ascending.
+
+        Carries the gradient of `values`. Synchronises with the host, since the number of stored entries is data.
+        Repeated indices are summed; NaN and explicit zero values stay stored. Raises IndexError on CPU for an index
+        outside `[0, d_sae)`; on an accelerator such an index is undefined behaviour.
+        """
+        require_d_sae(d_sae)
+        check_codes(self.indices, self.counts, d_sae)
+        live = live_slots(self)
+        *rows, _ = live.nonzero(as_tuple=True)
+        place = torch.stack([*rows, self.indices[live].long()])
+        values, shape = self.values[live], (*self.counts.shape, d_sae)
+        if bool(((self.indices[..., 1:] > self.indices[..., :-1]) | ~live[..., 1:]).all()):
+            # As this library makes them: nothing is left to sort or to add up.
+            return torch.sparse_coo_tensor(place, values, shape, is_coalesced=True, check_invariants=False)
+        coo = torch.sparse_coo_tensor(place, values.to(acc_dtype(values.dtype)), shape, check_invariants=False)
+        return coo.coalesce().to(values.dtype)
+
     def to_csr(self, d_sae: int) -> Tensor:
         """The codes as a `torch.sparse_csr_tensor` `[rows, d_sae]`, leading dimensions flattened, columns ascending.
 
         Synchronises with the host, since the number of stored entries is data. Repeated indices are summed; NaN and
         explicit zero values stay stored. No gradient flows.
         """
-        require_d_sae(d_sae)
+        rows, width = self.counts.numel(), self.indices.shape[-1]
         with torch.no_grad():
-            check_codes(self.indices, self.counts, d_sae)
-            live = live_slots(self).flatten()
-            width = self.indices.shape[-1]
-            rows = self.counts.numel()
-            row = torch.arange(rows, device=self.counts.device).repeat_interleave(width)[live]
-            column = self.indices.flatten()[live].long()
-            values = self.values.flatten()[live].to(acc_dtype(self.values.dtype))
-            coo = torch.sparse_coo_tensor(torch.stack([row, column]), values, (rows, d_sae), check_invariants=False)
-            return coo.coalesce().to_sparse_csr().to(self.values.dtype)
+            values = self.values.reshape(rows, width).to(acc_dtype(self.values.dtype))
+            flat = SparseCodes(values, self.indices.reshape(rows, width), self.counts.reshape(rows))
+            return flat.to_coo(d_sae).to_sparse_csr().to(self.values.dtype)
 
 
 def live_slots(codes: SparseCodes) -> Tensor:

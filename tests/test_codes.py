@@ -1,4 +1,4 @@
-"""SparseCodes and its conversions: to_dense carries the gradient, to_csr does not."""
+"""SparseCodes and its conversions: to_dense and to_coo carry the gradient, to_csr does not."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from aksae_kernels import SparseCodes, topk_select
+from aksae_kernels.codes import live_slots
 from aksae_kernels.testing import INT_MIN, dense_codes, poison_padding, random_codes
 
 SHAPES = [
@@ -65,6 +66,35 @@ def test_padding_takes_no_gradient():
     assert (values.grad[codes.indices == INT_MIN] == 0).all()
 
 
+@shapes
+@by_hand
+def test_to_coo(case, lead, width, d_sae, by_hand):
+    codes = random_codes(lead, width, d_sae, dtype=case.dtype, device=case.device, integers=True, by_hand=by_hand)
+    codes = poison_padding(codes)
+    values = codes.values.requires_grad_()
+    with torch.sparse.check_sparse_tensor_invariants(True):
+        coo = codes._replace(values=values).to_coo(d_sae)
+    assert coo.is_coalesced()
+    assert coo.shape == (*lead, d_sae)
+    assert coo.dtype == case.dtype
+    index = coo.indices()
+    assert torch.equal(index, torch.unique(index, dim=1))
+    assert torch.equal(coo.to_dense(), codes.to_dense(d_sae))
+    if not by_hand:
+        assert coo._nnz() == codes.counts.sum()
+    torch.sparse.sum(coo * 3).backward()
+    expected = torch.full_like(values, 3) if values.numel() else values
+    assert torch.equal(values.grad, expected.where(live_slots(codes), 0))
+
+
+def test_to_coo_keeps_zeros_and_nan():
+    indices, counts = torch.tensor([[0, 2, -1]], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    coo = SparseCodes(torch.tensor([[0.0, math.nan, 1.0]]), indices, counts).to_coo(3)
+    assert coo.indices().tolist() == [[0, 0], [0, 2]]
+    assert coo.values()[0] == 0
+    assert coo.values()[1].isnan()
+
+
 @csr_is_beta
 @shapes
 @by_hand
@@ -98,7 +128,7 @@ def test_to_csr_multiplies():
     torch.testing.assert_close(codes.to_csr(20) @ W, codes.to_dense(20) @ W)
 
 
-@pytest.mark.parametrize("convert", [SparseCodes.to_dense, SparseCodes.to_csr])
+@pytest.mark.parametrize("convert", [SparseCodes.to_dense, SparseCodes.to_coo, SparseCodes.to_csr])
 @pytest.mark.parametrize("index", [9, -1, 2**31 - 1, INT_MIN])
 def test_index_out_of_range_raises(convert, index):
     codes = random_codes((5,), 3, 9, by_hand=True)
@@ -108,7 +138,7 @@ def test_index_out_of_range_raises(convert, index):
         convert(codes, 9)
 
 
-@pytest.mark.parametrize("convert", [SparseCodes.to_dense, SparseCodes.to_csr])
+@pytest.mark.parametrize("convert", [SparseCodes.to_dense, SparseCodes.to_coo, SparseCodes.to_csr])
 def test_wrong_d_sae_raises(convert):
     codes = random_codes((5,), 3, 9)
     with pytest.raises(IndexError):
@@ -131,4 +161,5 @@ def test_repeats_in_16_bits_are_rounded_once():
     values = torch.ones(1, 300, dtype=torch.bfloat16)
     codes = SparseCodes(values, torch.zeros(1, 300, dtype=torch.int32), torch.tensor([300], dtype=torch.int32))
     assert codes.to_csr(1).values().item() == 300
+    assert codes.to_coo(1).values().item() == 300
     assert codes.to_dense(1).item() == 300

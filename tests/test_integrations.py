@@ -350,18 +350,6 @@ def test_padded_never_names_a_latent_that_did_not_fire():
     assert acts.tolist() == [[0, 0, 0], [2, 2, 0], [2, 2, 2]]
 
 
-@pytest.mark.parametrize("lead", [(5,), (2, 3), (), (0,)], ids=str)
-def test_to_coo(lead):
-    codes = random_codes(lead, 4, 20, dtype=torch.float64)
-    values = codes.values.clone().requires_grad_()
-    coo = sparse.to_coo(codes._replace(values=values), 20)
-    assert coo.is_coalesced()
-    assert coo._nnz() == codes.counts.sum()
-    assert torch.equal(coo.to_dense(), codes.to_dense(20))
-    torch.sparse.sum(coo * 3).backward()
-    assert torch.equal(values.grad, 3.0 * sparse.live(codes))
-
-
 # -------------------------------------------------------------------------------------------------- optimizer
 
 

@@ -39,7 +39,7 @@ from .. import SparseCodes, sparse_decode, topk_encode
 from . import accelerate, deaccelerate
 from .accelerated import Accelerated, AcceleratedModule, has_hooks
 from .adam import slow_down, speed_up
-from .sparse import above, at, batch_topk, encode_at, from_dense, scaled_topk, to_coo
+from .sparse import above, at, batch_topk, encode_at, from_dense, scaled_topk
 from .weights import as_latent_major
 
 _CROWD = 8
@@ -185,7 +185,7 @@ class _TrainingSAE(_SparseSAE):
         sae_out = self._decode(encoded.codes)
         losses = {"mse_loss": self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()}
         losses |= self._other_losses(step_input, encoded, sae_out)
-        feature_acts = to_coo(encoded.activations(), self.cfg.d_sae)
+        feature_acts = encoded.activations().to_coo(self.cfg.d_sae)
         return TrainStep(
             sae_in=x,
             sae_out=sae_out,
@@ -263,7 +263,7 @@ class FastTopKTrainingSAE(_TopKSelection, _TopKTrainingSAE, TopKTrainingSAE):
 
     def _hand_out(self, codes: SparseCodes) -> Tensor:
         if self.activation_fn.use_sparse_activations:
-            return to_coo(codes, self.cfg.d_sae)
+            return codes.to_coo(self.cfg.d_sae)
         return super()._hand_out(codes)
 
 

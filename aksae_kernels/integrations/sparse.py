@@ -96,18 +96,6 @@ def padded(codes: SparseCodes) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-def to_coo(codes: SparseCodes, d_sae: int) -> Tensor:
-    """The codes as a coalesced `torch.sparse_coo_tensor` `[..., d_sae]` with the gradient of `values`.
-
-    Its number of entries is data: an accelerator waits for the host.
-    """
-    mask = live(codes)
-    where = torch.cat([mask.nonzero()[:, :-1], codes.indices[mask].long().unsqueeze(1)], 1).T
-    return torch.sparse_coo_tensor(
-        where, codes.values[mask], (*codes.counts.shape, d_sae), is_coalesced=True, check_invariants=False
-    )
-
-
 def _any_learns(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 

@@ -136,7 +136,7 @@ def test_codes_made_by_hand(tmp_path):
 @pytest.mark.parametrize("index", [-1, F])
 def test_an_index_out_of_range(index):
     cache = from_codes([[1.0]], [[index]], [1])
-    with pytest.raises(RuntimeError, match="ind"):
+    with pytest.raises(IndexError, match="indices"):
         cache.add(torch.zeros(1, 1).int(), {"h": torch.zeros(1, 1, D)})
 
 

@@ -1,4 +1,4 @@
-"""The ways between codes and the tensors that hosts hold latents in."""
+"""The decode of the dense tensors that hosts hold latents in."""
 
 from __future__ import annotations
 
@@ -34,25 +34,3 @@ def _codes_of(acts: Tensor) -> SparseCodes | None:
         return None
     codes = topk_select(acts, width)
     return codes if bool((codes.counts == n_active).all()) else None
-
-
-def to_coo(codes: SparseCodes, d_sae: int, *, trusted: bool) -> Tensor:
-    """The codes as a coalesced `torch.sparse_coo_tensor` `[..., d_sae]`; carries the gradient of `codes.values`.
-
-    Reads how many entries there are, and so waits for an accelerator.
-
-    Args:
-        trusted: the codes come from this library: indices ascend, so that they are neither checked nor sorted. Else
-            repeated ones are summed, and one outside `[0, d_sae)` is a RuntimeError.
-    """
-    slot = torch.arange(codes.indices.shape[-1], device=codes.counts.device)
-    live = slot < codes.counts.unsqueeze(-1)
-    *rows, _ = live.nonzero(as_tuple=True)
-    coo = torch.sparse_coo_tensor(
-        torch.stack([*rows, codes.indices[live].long()]),
-        codes.values[live],
-        (*codes.counts.shape, d_sae),
-        is_coalesced=trusted or None,
-        check_invariants=not trusted,
-    )
-    return coo.coalesce()

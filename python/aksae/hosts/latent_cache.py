@@ -19,7 +19,6 @@ from aksae_kernels import SparseCodes
 
 from ..errors import UserError
 from ..files import atomic_file, write_json
-from ._codes import to_coo
 
 # delphi leaves out what is closer to 0.
 _SMALLEST = 1e-5
@@ -81,7 +80,7 @@ class LatentCache:
 
         Raises:
             UserError: shapes or hook points that do not fit.
-            RuntimeError: codes with an index outside `[0, d_sae)`.
+            IndexError: codes with an index outside `[0, d_sae)`.
         """
         self._check(tokens, activations)
         first, seq = sum(map(len, self._tokens)), tokens.shape[1]
@@ -158,7 +157,7 @@ def _fired(codes: SparseCodes, d_sae: int, first: int, seq: int, latents: Tensor
     """What `codes [batch * seq, K]` say of the sequences from number `first` on."""
     # Wide enough for the sum of a latent that codes made by hand may repeat.
     values = codes.values.to(torch.promote_types(codes.values.dtype, torch.float32))
-    coo = to_coo(codes._replace(values=values), d_sae, trusted=False)
+    coo = codes._replace(values=values).to_coo(d_sae)
     (token, latent), values = coo.indices(), coo.values()
     # NaN is kept: a diverged model must not look like a silent one.
     kept = ~(values.abs() <= _SMALLEST)

@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..k_policy import score_to_k
 from ..probe import ComplexityProbe
 from ..sae import AdaptiveKSAE
-from ._codes import decode_dense, to_coo
+from ._codes import decode_dense
 
 ARCHITECTURE = "adaptivek"
 
@@ -287,7 +287,7 @@ class AdaptiveKTrainingSAELens(_AdaptiveK, TrainingSAE[AdaptiveKTrainingSAELensC
         return TrainStepOutput(
             sae_in=x,
             sae_out=sae_out,
-            feature_acts=to_coo(codes, self.cfg.d_sae, trusted=True),
+            feature_acts=codes.to_coo(self.cfg.d_sae),
             hidden_pre=x.new_empty(*x.shape[:-1], 0),
             loss=mse_loss + aux_loss,
             losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux_loss},
