@@ -8,6 +8,7 @@ unit norm. Nobody has an auxiliary loss to compute, since no latent is dead.
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,12 @@ def threshold(W: Tensor, k: int) -> float:
     return torch.special.ndtri(torch.tensor(1 - min(k, len(W)) / len(W), dtype=torch.float64)).item()
 
 
+def _selection(sae: Any) -> tuple[Span, ...]:
+    """What an accelerated SAE calls to encode without its host's method of that name."""
+    places = ((sae, "_select"), (sys.modules[type(sae).__module__], "topk_encode"))
+    return tuple(Span(owner, name, "encode") for owner, name in places if hasattr(owner, name))
+
+
 class DictionaryLearning:
     """`TopKTrainer.update`. It subtracts `b_dec`, projects, clips at 1, steps Adam and renormalises."""
 
@@ -70,6 +77,7 @@ class DictionaryLearning:
     def spans(self) -> tuple[Span, ...]:
         return (
             Span(self.trainer.ae, "encode", "encode"),
+            *_selection(self.trainer.ae),
             Span(torch.Tensor, "topk", "select"),
             Span(self.trainer, "loss", "decode + loss"),
             Span(torch.Tensor, "backward", "backward"),
@@ -147,6 +155,7 @@ class SAELens:
     def spans(self) -> tuple[Span, ...]:
         return (
             Span(self.trainer.sae, "encode_with_hidden_pre", "encode"),
+            *_selection(self.trainer.sae),
             Span(torch, "topk", "select"),
             Span(self.trainer.sae, "training_forward_pass", "decode + loss"),
             Span(torch.Tensor, "backward", "backward"),
@@ -209,6 +218,7 @@ class Sparsify:
     def spans(self) -> tuple[Span, ...]:
         return (
             Span(self.coder, "encode", "encode"),
+            *_selection(self.coder),
             Span(torch, "topk", "select"),
             Span(self.coder, "forward", "decode + loss"),
             Span(torch.Tensor, "backward", "backward"),
@@ -233,61 +243,18 @@ class Sparsify:
         return self.coder(x).sae_out
 
 
-class Llamascopium:
-    """`SparseAutoEncoder.compute_loss` and Adam, as its `Trainer` has them. Nothing holds decoder rows or clips."""
+class _OwnLoop:
+    """An SAE that is trained by a few lines of the user's own: a loss, its backward, Adam."""
 
-    def __init__(self, W: Tensor, k: int):
-        from llamascopium.models.sae import SAEConfig, SparseAutoEncoder
+    loss_method: str
+    """The method that decodes."""
 
-        d_sae, d_in = W.shape
-        places = {"hook_point_in": "x", "hook_point_out": "x", "device": str(W.device)}
-        config = SAEConfig(d_model=d_in, expansion_factor=d_sae / d_in, act_fn="topk", top_k=k, **places)
-        self.sae = SparseAutoEncoder(config)
-        self.sae.init_parameters(encoder_uniform_bound=0.1, decoder_uniform_bound=0.1)
+    def __init__(self, sae: Any, W_enc: Tensor, W_dec: Tensor, W: Tensor):
+        self.sae = sae
         with torch.no_grad():
-            self.sae.W_E.copy_(W.T)
-            self.sae.W_D.copy_(W)
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=LR)
-
-    def accelerate(self) -> None:
-        integrations.accelerate(self.sae)
-        speed_up(self.optimizer)
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        return (
-            Span(self.sae, "encode", "encode"),
-            Span(torch.Tensor, "topk", "select"),
-            Span(self.sae, "compute_loss", "decode + loss"),
-            Span(torch.Tensor, "backward", "backward"),
-            Span(self.optimizer, "step", "optimizer"),
-        )
-
-    def __call__(self, x: Tensor) -> float:
-        loss = self.sae.compute_loss({"x": x, "tokens": x[:, 0]})["loss"]
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.item()
-
-    @torch.no_grad()
-    def infer(self, x: Tensor) -> Tensor:
-        return self.sae(x)
-
-
-class Overcomplete:
-    """`TopKSAE` with its linear encoder, on the squared error; it normalises its dictionary whenever it decodes."""
-
-    def __init__(self, W: Tensor, k: int):
-        from overcomplete.sae import TopKSAE
-
-        d_sae, d_in = W.shape
-        self.sae = TopKSAE(d_in, d_sae, top_k=k, device=str(W.device))
-        with torch.no_grad():
-            self.sae.dictionary._weights.copy_(W)
-            self.sae.encoder.final_block[0].weight.copy_(W)
-            self.sae.encoder.final_block[0].bias.zero_()
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=LR)
+            W_enc.copy_(W if W_enc.shape == W.shape else W.T)
+            W_dec.copy_(W)
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=LR)
 
     def accelerate(self) -> None:
         integrations.accelerate(self.sae)
@@ -297,18 +264,67 @@ class Overcomplete:
         return (
             Span(self.sae, "encode", "encode"),
             Span(torch, "topk", "select"),
-            Span(self.sae, "forward", "decode + loss"),
+            Span(torch.Tensor, "topk", "select"),
+            Span(self.sae, self.loss_method, "decode + loss"),
             Span(torch.Tensor, "backward", "backward"),
             Span(self.optimizer, "step", "optimizer"),
         )
 
+    def loss(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def __call__(self, x: Tensor) -> float:
-        self.sae.train()
-        loss = (x - self.sae(x)[2]).square().sum(-1).mean()
+        loss = self.loss(x)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()
+
+
+class Llamascopium(_OwnLoop):
+    """`SparseAutoEncoder.compute_loss`. Nothing holds decoder rows or clips; Adam is as in an accelerated `Trainer`."""
+
+    loss_method = "compute_loss"
+
+    def __init__(self, W: Tensor, k: int):
+        from llamascopium.models.sae import SAEConfig, SparseAutoEncoder
+
+        d_sae, d_in = W.shape
+        places = {"hook_point_in": "x", "hook_point_out": "x", "device": str(W.device)}
+        config = SAEConfig(d_model=d_in, expansion_factor=d_sae / d_in, act_fn="topk", top_k=k, **places)
+        sae = SparseAutoEncoder(config)
+        sae.init_parameters(encoder_uniform_bound=0.1, decoder_uniform_bound=0.1)
+        super().__init__(sae, sae.W_E, sae.W_D, W)
+
+    def accelerate(self) -> None:
+        super().accelerate()
+        speed_up(self.optimizer)
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self.sae.compute_loss({"x": x, "tokens": x[:, 0]})["loss"]
+
+    @torch.no_grad()
+    def infer(self, x: Tensor) -> Tensor:
+        return self.sae(x)
+
+
+class Overcomplete(_OwnLoop):
+    """`TopKSAE` with its linear encoder, on the squared error; it normalises its dictionary whenever it decodes."""
+
+    loss_method = "forward"
+
+    def __init__(self, W: Tensor, k: int):
+        from overcomplete.sae import TopKSAE
+
+        d_sae, d_in = W.shape
+        sae = TopKSAE(d_in, d_sae, top_k=k, device=str(W.device))
+        linear = sae.encoder.final_block[0]
+        super().__init__(sae, linear.weight, sae.dictionary._weights, W)
+        torch.nn.init.zeros_(linear.bias)
+
+    def loss(self, x: Tensor) -> Tensor:
+        self.sae.train()
+        return (x - self.sae(x)[2]).square().sum(-1).mean()
 
     @torch.no_grad()
     def infer(self, x: Tensor) -> Tensor:

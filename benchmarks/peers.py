@@ -120,14 +120,15 @@ def build(peer: Peer, problem: Problem, fast: bool) -> hosts.Host:
 def measure(problem: Problem, rounds: int) -> tuple[list[Row], dict[str, Any]]:
     """The rows of the table, and all that is to be kept, from interleaved runs of everyone who can take part.
 
-    Of what is kept, `steps` has for each contender the seconds of a whole step, "total", and of each of its phases;
-    `absent` and `wrong` say why a contender is not among them.
+    Of what is kept, `steps` has the seconds of a whole step, "total", and of each of its phases, for ours, dense PyTorch
+    and the peers beside ours; `absent` and `wrong` say why a contender is not among the rows.
     """
     absent = {peer.name: why for peer in PEERS if (why := absence(peer))}
     present = [peer for peer in PEERS if peer.name not in absent]
     rows, wrong, kept = _time_steps(problem, present, rounds)
     right = [peer for peer in present if not {peer.name, accelerated(peer.name)} & wrong.keys()]
     inference, wrong_inference = _time_inference(problem, right, rounds)
+    right = [peer for peer in right if accelerated(peer.name) not in wrong_inference]
     memory_rows, unmeasured = _weigh(problem, right)
     return rows + inference + memory_rows, {
         "machine": machine.describe() | {peer.package: version(peer.package) for peer in present},
@@ -177,11 +178,14 @@ def _time_steps(
         for what, rival, ours, target in pairs
         if rival in totals and ours in totals
     ]
+    drawn = {OURS, CLIPPED, DENSE}
+    drawn |= {name for peer in peers if peer.ours for name in (peer.name, accelerated(peer.name))}
     kept = {
         name: {"total": quantiles(total)._asdict()}
         # The first is the warm-up round.
         | {phase: quantiles([seconds[phase] for seconds in phases[name][1:]])._asdict() for phase in PHASES}
         for name, total in totals.items()
+        if name in drawn
     }
     return rows, wrong, kept
 
@@ -254,7 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     problem = Problem(Shape(*options.shape), str(options.k), options.device)
     if options.weigh:
-        (peer,) = (peer for peer in PEERS if peer.name == options.weigh[0])
+        peer = next((peer for peer in PEERS if peer.name == options.weigh[0]), None)
+        if peer is None or options.weigh[1] not in _CALLS:
+            parser.error(f"--weigh: got {options.weigh}, needs a peer's name, and one of {', '.join(_CALLS)}")
         absence(peer)  # which makes importable what needs help
         print(json.dumps(weigh(peer, options.weigh[1], options.accelerated, problem)))
         return 0

@@ -320,19 +320,51 @@ def test_peak_memory_counts_what_is_neither_weight_nor_gradient_nor_state():
 # ------------------------------------------------------------------------------------- peers, and the phases
 
 
-def dense_peer(W, k):
-    return steps.DenseStep(W, torch.full((SHAPE.B,), k))
+class DensePeer(steps.DenseStep):
+    """A host that need not be installed: accelerated, it does what it did."""
 
-
-class WrongPeer(steps.DenseStep):
     def __init__(self, W, k):
-        super().__init__(1.1 * W, torch.full((SHAPE.B,), k))
+        super().__init__(W, torch.full((SHAPE.B,), k))
+
+    def accelerate(self):
+        self.accelerated = True
+
+    @torch.no_grad()
+    def infer(self, x):
+        scores = x @ self.W_enc.T + self.b_enc
+        values, indices = self.select(scores)
+        return torch.zeros_like(scores).scatter(-1, indices, values) @ self.W_dec
+
+
+class WrongPeer(DensePeer):
+    def __init__(self, W, k):
+        super().__init__(1.1 * W, k)
+
+
+class WrongWhenAccelerated(DensePeer):
+    def accelerate(self):
+        self.W_enc.data.mul_(1.1)
+
+
+class WrongInInference(DensePeer):
+    def infer(self, x):
+        return super().infer(x) * (1.1 if hasattr(self, "accelerated") else 1)
+
+
+def peer_of(make, **options):
+    return peers.Peer("a peer", "torch", "torch", make, **options)
+
+
+def of_peers(monkeypatch, *some):
+    monkeypatch.setattr(peers, "PEERS", some)
+    # Children know the real ones.
+    monkeypatch.setattr(peers, "output_of", lambda *arguments, env: 1000 + ("--accelerated" in arguments))
 
 
 def test_peers_that_are_not_there_are_listed(monkeypatch, capsys):
     missing = peers.PEERS[0]._replace(package="aksae-no-such-package")
     broken = peers.PEERS[1]._replace(package="torch", module="aksae.no_such_module")
-    monkeypatch.setattr(peers, "PEERS", (missing, broken))
+    of_peers(monkeypatch, missing, broken)
     assert peers.main(ARGUMENTS) == 0
     lines = {line.partition(": ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "not installed: pip install aksae-no-such-package" in lines[missing.name]
@@ -340,18 +372,26 @@ def test_peers_that_are_not_there_are_listed(monkeypatch, capsys):
 
 
 def test_peers_and_the_plot_of_their_phases(monkeypatch, capsys, tmp_path):
-    peer = peers.Peer("a peer", "torch", "torch", dense_peer, peers.CLIPPED, Target(1e9, 1e-9))
-    monkeypatch.setattr(peers, "PEERS", (peer, peer._replace(name="another")))
+    peer = peer_of(DensePeer, ours=peers.CLIPPED, target=Target(1e9, 1e-9), accelerated=Target(1e9, 1e8))
+    of_peers(monkeypatch, peer, peer_of(DensePeer)._replace(name="another"))
     path = tmp_path / "peers.json"
     assert peers.main([*ARGUMENTS, "--json", str(path)]) == 0
     assert "training step / a peer" in capsys.readouterr().out
     result = json.loads(path.read_text())
-    assert [(row["rival"], row["verdict"]) for row in result["rows"]] == [
-        ("a peer", "must"),
-        ("another", "must"),
-        (peers.DENSE, None),
+    assert [(row["what"], row["rival"], row["verdict"]) for row in result["rows"]] == [
+        ("training step", "a peer", "must"),
+        ("training step", peers.DENSE, None),
+        ("training step, accelerated", "a peer", "stretch"),
+        ("training step, accelerated", "another", None),
+        ("forward pass, accelerated", "a peer", None),
+        ("forward pass, accelerated", "another", None),
+        ("memory of a training step, accelerated", "a peer", "missed"),
+        ("memory of a forward pass, accelerated", "a peer", None),
+        ("memory of a training step, accelerated", "another", "missed"),
+        ("memory of a forward pass, accelerated", "another", None),
     ]
-    assert list(result["steps"]) == [OURS, peers.CLIPPED, peers.DENSE, "a peer", "another"]
+    assert {row["unit"] for row in result["rows"]} == {"seconds", "bytes"}
+    assert list(result["steps"]) == [OURS, peers.CLIPPED, peers.DENSE, "a peer", "a peer, accelerated"]
     for name, step in result["steps"].items():
         medians = {column: figures["p50"] for column, figures in step.items()}
         total = medians.pop("total")
@@ -369,13 +409,44 @@ def test_peers_and_the_plot_of_their_phases(monkeypatch, capsys, tmp_path):
         assert [line.split("  ")[0] for line in printed[1:]] == list(result["steps"])
 
 
-def test_a_peer_with_another_loss_is_not_timed(monkeypatch, capsys):
-    peer = peers.Peer("a peer", "torch", "torch", WrongPeer, OURS, Target(1, 1))
-    monkeypatch.setattr(peers, "PEERS", (peer,))
+@pytest.mark.parametrize(
+    ("make", "wrong", "why"),
+    [
+        (WrongPeer, "a peer", "its first loss is"),
+        (WrongWhenAccelerated, "a peer, accelerated", "its first loss is"),
+        (WrongInInference, "a peer, accelerated", "its reconstruction is off by"),
+    ],
+)
+def test_a_peer_with_another_result_is_not_timed(monkeypatch, capsys, make, wrong, why):
+    of_peers(monkeypatch, peer_of(make, ours=OURS, target=Target(1, 1)))
     assert peers.main(ARGUMENTS) == 1
     printed = capsys.readouterr().out
-    assert "a peer: its first loss is" in printed
-    assert "/ a peer" not in printed
+    assert f"{wrong}: {why}" in printed
+    assert "forward pass, accelerated / a peer" not in printed
+
+
+def test_an_unknown_peer_cannot_be_weighed(capsys):
+    with pytest.raises(SystemExit):
+        peers.main([*ARGUMENTS, "--weigh", "nobody", "training step"])
+    assert "nobody" in capsys.readouterr().err.splitlines()[-1]
+
+
+def weigh_a_peer() -> None:
+    """Run in a fresh interpreter: a call that needs 96 MB more when accelerated, and the gradients of its weights."""
+
+    class Greedy(DensePeer):
+        def infer(self, x):
+            return torch.ones((96 if hasattr(self, "accelerated") else 1) << 18)
+
+    problem = Problem(SHAPE, "8")
+    print(json.dumps([peers.weigh(peer_of(Greedy), peers.INFERENCE, fast, problem) >> 20 for fast in (True, False)]))
+
+
+@has_clear_refs
+def test_the_memory_of_a_call():
+    fast, slow = json.loads(run_python("import test_benchmarks; test_benchmarks.weigh_a_peer()", **memory.MALLOC))
+    assert fast == pytest.approx(96, abs=2)
+    assert slow <= 3
 
 
 def test_a_missing_result_cannot_be_drawn(capsys, tmp_path):
