@@ -120,8 +120,8 @@ def build(peer: Peer, problem: Problem, fast: bool) -> hosts.Host:
 def measure(problem: Problem, rounds: int) -> tuple[list[Row], dict[str, Any]]:
     """The rows of the table, and all that is to be kept, from interleaved runs of everyone who can take part.
 
-    Of what is kept, `steps` has the seconds of a whole step, "total", and of each of its phases, for ours, dense PyTorch
-    and the peers beside ours; `absent` and `wrong` say why a contender is not among the rows.
+    Of what is kept, `steps` has the seconds of a whole step, "total", and of each of its phases, for ours, dense
+    PyTorch and the peers beside ours; `absent` and `wrong` say why a contender is not among the rows.
     """
     absent = {peer.name: why for peer in PEERS if (why := absence(peer))}
     present = [peer for peer in PEERS if peer.name not in absent]
@@ -231,6 +231,26 @@ def _weigh(problem: Problem, peers: Sequence[Peer]) -> tuple[list[Row], dict[str
     return rows, unmeasured
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The README's table of a kept result: each host before and after `accelerate`."""
+    rows = {(row["what"], row["rival"]): row for row in result["rows"]}
+    lines = ["| class | training step | | its memory | | forward pass | | its memory | |", f"|{'---|' * 9}"]
+    for peer in (peer for peer in PEERS if (f"{STEP}, accelerated", peer.name) in rows):
+        cells = [f"{peer.package} {result['machine'][peer.package]}, {peer.name.partition(' ')[2]}"]
+        for what in (STEP, f"memory of a {STEP}", INFERENCE, f"memory of a {INFERENCE}"):
+            row = rows.get((f"{what}, accelerated", peer.name))
+            cells += _before_and_after(row) if row else ["not measured", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _before_and_after(row: dict[str, Any]) -> tuple[str, str]:
+    scale, unit = (1e3, "ms") if row["unit"] == "seconds" else (2.0**-20, "MB")
+    theirs, ours = (f"{row[side]['p50'] * scale:.0f}" for side in ("theirs", "ours"))
+    ratio = f"{1 / row['ratio']['p50']:.1f}x" if row["unit"] == "seconds" else f"{row['ratio']['p50']:.2f}"
+    return f"{theirs} to {ours} {unit}", f"**{ratio}**" if row["verdict"] == "missed" else ratio
+
+
 def weigh(peer: Peer, what: str, fast: bool, problem: Problem) -> int:
     """Bytes that the second call of a fresh process needs, as the module says."""
     # Libraries are loaded and threads started by a tiny shape.
@@ -252,9 +272,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="also keep the result there: benchmarks.train_step draws it")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="print the README's table of a kept result, and no more"
+    )
     parser.add_argument("--weigh", nargs=2, metavar=("PEER", "WHAT"), help="print bytes of peak memory, and no more")
     parser.add_argument("--accelerated", action="store_true", help="with --weigh: of the accelerated peer")
     options = parser.parse_args(arguments)
+    if options.readme:
+        print(markdown(json.loads(options.readme.read_text())))
+        return 0
     torch.set_num_threads(options.threads)
     problem = Problem(Shape(*options.shape), str(options.k), options.device)
     if options.weigh:

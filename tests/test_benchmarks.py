@@ -449,6 +449,16 @@ def test_the_memory_of_a_call():
     assert slow <= 3
 
 
+def test_the_readme_has_the_table_of_the_kept_result(capsys):
+    root = Path(__file__).parent.parent
+    assert peers.main(["--readme", str(root / "benchmarks" / "results" / "peers.json")]) == 0
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) == 2 + len(peers.PEERS)
+    assert table in (root / "README.md").read_text(), (
+        "paste what `python -m benchmarks.peers --readme benchmarks/results/peers.json` prints"
+    )
+
+
 def test_a_missing_result_cannot_be_drawn(capsys, tmp_path):
     assert train_step.main(["--json", str(tmp_path / "none.json")]) == 1
     assert "none.json: No such file" in one_line(capsys.readouterr().err)
