@@ -46,7 +46,7 @@ def threshold(W: Tensor, k: int) -> float:
 
 def _selection(sae: Any) -> tuple[Span, ...]:
     """What an accelerated SAE calls to encode without its host's method of that name."""
-    places = ((sae, "_select"), (sys.modules[type(sae).__module__], "topk_encode"))
+    places = ((sae, "_select"), (sys.modules[type(sae).__module__], "topk"))
     return tuple(Span(owner, name, "encode") for owner, name in places if hasattr(owner, name))
 
 

@@ -236,10 +236,10 @@ def assert_gradients(codes, kept, operands):
 
 
 @pytest.mark.parametrize("rows", [(6,), (2, 3), ()], ids=str)
-def test_scaled_topk(rows):
+def test_topk_by_scaled_scores(rows):
     operands = x, W, b = problem(rows)
     scale = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + 0.1
-    codes = sparse.scaled_topk(x, W, b, scale, 7)
+    codes = sparse.topk(x, W, b, 7, scale)
     scores = x @ W.T + b
     kept = torch.zeros_like(scores).scatter(-1, (scores * scale).topk(7).indices, 1) * (scores > 0)
     torch.testing.assert_close(codes.to_dense(40), scores * kept)
@@ -439,6 +439,6 @@ def test_other_optimizers_are_left_alone():
 
 def test_selections_agree_with_the_encode():
     operands = problem()
-    ours = sparse.scaled_topk(*operands, torch.ones(40).double(), 5)
+    ours = sparse.topk(*operands, 5, torch.ones(40).double())
     for a, b in zip(ours, topk_encode(*operands, k=5), strict=True):
         torch.testing.assert_close(a, b)

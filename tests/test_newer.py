@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +73,28 @@ def test_a_version_that_cannot_be_installed_breaks(monkeypatch):
 
     monkeypatch.setattr(newer.subprocess, "run", run)
     assert newer.failure_of("overcomplete", Version("9")) == "it cannot be installed: ERROR: no matching distribution"
+
+
+@pytest.mark.parametrize(("message", "status"), [("x is 2; accelerate is tested with 1", 0), ("anything else", 1)])
+def test_only_the_untested_version_may_warn(tmp_path, message, status):
+    (tmp_path / "test_one.py").write_text(f"import warnings\n\ndef test():\n    warnings.warn({message!r})\n")
+    done = subprocess.run([sys.executable, "-m", "pytest", *newer.OPTIONS, "test_one.py"], cwd=tmp_path)
+    assert done.returncode == status
+
+
+def test_what_a_new_version_asks_for_is_installed_too(tmp_path, monkeypatch):
+    """And what that asks for; an old version in the environment does not do, torch is left alone."""
+    asks = {"new": ["middle>1", "torch>99", "pytest>0"], "middle": ["last; extra == 'x'", "pytest>999"], "pytest": []}
+    installed = []
+
+    def run(command, **kwargs):
+        name = re.match("[a-z]+", command[-1])[0]
+        installed.append(command[-1])
+        info = tmp_path / f"{name}.dist-info"
+        info.mkdir(exist_ok=True)
+        lines = [f"Name: {name}", "Version: 1000", *(f"Requires-Dist: {line}" for line in asks[name])]
+        (info / "METADATA").write_text("\n".join(lines))
+
+    monkeypatch.setattr(newer.subprocess, "run", run)
+    newer._install("new==2", tmp_path)
+    assert installed == ["new==2", "middle>1", "pytest>999"]

@@ -31,13 +31,8 @@ from .. import SparseCodes, sparse_decode, topk_encode
 from . import accelerate, deaccelerate
 from .accelerated import AbstractFirst, Accelerated, AcceleratedModule, is_plain_linear
 from .adam import slow_down, speed_up
-from .sparse import above, at, batch_topk, live
+from .sparse import above, at, batch_topk, is_crowded, live, topk
 from .weights import as_latent_major, as_row_major, normalize_rows_, project_rows_
-
-_CROWDED = 1 / 32
-"""Share of active latents above which dense products are faster, on CPUs."""
-_SAMPLE = 16
-"""Rows by which a batch is judged to be crowded. Asking an accelerator makes it wait, as the selection does anyway."""
 
 
 class _LinearAutoEncoder(AcceleratedModule):
@@ -55,7 +50,9 @@ class _LinearAutoEncoder(AcceleratedModule):
         as_latent_major(self.encoder.weight)
 
     def _is_plain(self) -> bool:
-        return is_plain_linear(self.encoder) and is_plain_linear(self.decoder)
+        """Whether encoder and decoder are what the host makes."""
+        plain = is_plain_linear(self.encoder) and is_plain_linear(self.decoder)
+        return plain and self.encoder.bias is not None and self.decoder.bias is None
 
     def _select(self, centred: Tensor) -> SparseCodes:
         """The codes that training takes, of `x - b_dec`."""
@@ -86,7 +83,7 @@ class FastAutoEncoderTopK(AbstractFirst, _LinearAutoEncoder, AutoEncoderTopK):
         return self._output(self._select(x - self.b_dec), output_features)
 
     def _select(self, centred: Tensor) -> SparseCodes:
-        return topk_encode(centred, self.encoder.weight, self.encoder.bias, k=int(self.k))
+        return topk(centred, self.encoder.weight, self.encoder.bias, int(self.k))
 
 
 class FastBatchTopKSAE(AbstractFirst, _LinearAutoEncoder, BatchTopKSAE):
@@ -103,7 +100,7 @@ class FastBatchTopKSAE(AbstractFirst, _LinearAutoEncoder, BatchTopKSAE):
         if not self._is_plain():
             return super().forward(x, output_features)
         selection = (x - self.b_dec, self.encoder.weight, self._bias(), self.threshold)
-        if _is_crowded(*selection):
+        if is_crowded(*selection):
             return super().forward(x, output_features)
         return self._output(above(*selection), output_features)
 
@@ -129,7 +126,7 @@ class FastJumpReluAutoEncoder(AbstractFirst, AcceleratedModule, JumpReluAutoEnco
     def forward(self, x: Tensor, output_features: bool = False):
         centred = x - self.b_dec if self.apply_b_dec_to_input else x
         selection = (centred, self.W_enc.T, self.b_enc, self.threshold)
-        if _is_crowded(*selection):
+        if is_crowded(*selection):
             return super().forward(x, output_features)
         codes = above(*selection)
         x_hat = sparse_decode(codes, self.W_dec) + self.b_dec
@@ -269,7 +266,7 @@ class FastJumpReluTrainer(_Trainer, JumpReluTrainer):
         # The threshold of a latent has a gradient where its pre-activation is within half a bandwidth, on either side.
         reach = ae.threshold.detach() - self.bandwidth / 2
         selection = (x, ae.W_enc.T, ae.b_enc - reach, reach.new_zeros(()))
-        if _is_crowded(*selection):
+        if not len(x) or is_crowded(*selection):
             return super().loss(x, step=step, logging=logging)
         near = above(*selection)
         threshold = at(ae.threshold, near)
@@ -298,14 +295,6 @@ class FastJumpReluTrainer(_Trainer, JumpReluTrainer):
         zeros = torch.zeros_like(self.ae.threshold)
         others = StepFunction.apply(zeros, self.ae.threshold, self.bandwidth) * n_others
         return (inside + others.sum()) / codes.counts.numel()
-
-
-def _is_crowded(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> bool:
-    """Whether so many latents are above their thresholds that dense products are faster, by a sample of the rows."""
-    rows = x.detach().reshape(-1, x.shape[-1])
-    sample = rows[:: max(1, len(rows) // _SAMPLE)]
-    scores = F.linear(sample, W_enc.detach(), b_enc.detach())
-    return bool((scores > threshold.clamp(min=0)).float().mean() > _CROWDED)
 
 
 def _sum_by_latent(codes: SparseCodes, values: Tensor, d_sae: int) -> Tensor:

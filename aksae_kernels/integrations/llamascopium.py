@@ -13,11 +13,11 @@ from llamascopium.utils.tensor_specs import apply_token_mask
 from llamascopium.utils.timer import timer
 from torch import Tensor, nn
 
-from .. import SparseCodes, sparse_decode, topk_encode
+from .. import SparseCodes, sparse_decode
 from . import accelerate
 from .accelerated import Accelerated, AcceleratedModule, has_hooks
 from .adam import slow_down, speed_up
-from .sparse import above, at, batch_topk, scaled_topk
+from .sparse import above, at, batch_topk, topk
 
 _ACTIVATIONS = ("topk", "batchtopk", "jumprelu")
 
@@ -147,10 +147,8 @@ class FastSparseAutoEncoder(AcceleratedModule, SparseAutoEncoder):
         elif act_fn == "jumprelu":
             threshold = self.activation_function.get_jumprelu_threshold()
             codes = above(x, W_enc, b_enc, threshold if scale is None else threshold / scale)
-        elif scale is None:
-            codes = topk_encode(x, W_enc, b_enc, k=k)
         else:
-            codes = scaled_topk(x, W_enc, b_enc, scale, k)
+            codes = topk(x, W_enc, b_enc, k, scale)
         # Under autocast the host adds its bias to the product, and so goes on in the bias's dtype.
         return codes._replace(values=codes.values.to(b_enc.dtype))
 

@@ -75,5 +75,5 @@ def _linear(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
         if is_plain_linear(linear) and all(type(module) is nn.Identity for module in rest):
             pre_codes = linear(x)
             # Under autocast a linear layer rounds its bias, too.
-            return pre_codes, linear.weight, linear.bias.to(pre_codes.dtype)
+            return pre_codes, linear.weight, None if linear.bias is None else linear.bias.to(pre_codes.dtype)
     return None

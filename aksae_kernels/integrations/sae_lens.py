@@ -17,7 +17,7 @@ dead latents, and here for the width of the codes of BatchTopK and JumpReLU.
 
 Where somebody looks at dense activations or puts others in their place (a hook on `hook_sae_input`, on
 `hook_sae_acts_pre`, on the activation function; in a forward or a training step also on `hook_sae_acts_post`), where an
-error term is asked for, and where more than an eighth of the latents fire, the host's own code runs.
+error term is asked for, and where more than a sixteenth of the latents fire, the host's own code runs.
 """
 
 from __future__ import annotations
@@ -35,17 +35,14 @@ from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
-from .. import SparseCodes, sparse_decode, topk_encode
+from .. import SparseCodes, sparse_decode
 from . import accelerate, deaccelerate
 from .accelerated import Accelerated, AcceleratedModule, has_hooks
 from .adam import slow_down, speed_up
-from .sparse import above, at, batch_topk, encode_at, from_dense, scaled_topk
-from .weights import as_latent_major
+from .sparse import above, at, batch_topk, encode_at, from_dense, is_crowded, topk
 
-_CROWD = 8
-"""Where more than one in so many latents fire, dense products are as fast."""
-_SAMPLE = 16
-"""Rows that tell how many latents fire."""
+_ROWS_AT_ONCE = 64
+"""Rows whose scores of dead latents are kept at once."""
 
 
 class _Encoded(NamedTuple):
@@ -75,14 +72,18 @@ class TrainStep(TrainStepOutput):
     trainer does.
     """
 
-    def __init__(self, *, hidden_pre: Callable[[], Tensor], **fields: Any):
-        super().__init__(hidden_pre=None, **fields)
-        del self.hidden_pre
-        self._compute_hidden_pre = hidden_pre
+    def __init__(self, *, hidden_pre: Callable[[], Tensor] | Tensor, **fields: Any):
+        super().__init__(hidden_pre=hidden_pre, **fields)
+        if not isinstance(hidden_pre, Tensor):
+            del self.hidden_pre
+            self._compute_hidden_pre = hidden_pre
 
     @cached_property
     def hidden_pre(self) -> Tensor:
         return self._compute_hidden_pre()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*vars(self), "hidden_pre") if name != "_compute_hidden_pre"}
 
 
 class _SparseSAE(AcceleratedModule):
@@ -114,7 +115,7 @@ class _SparseSAE(AcceleratedModule):
         if feature_acts.is_sparse:
             # The host's product with a COO tensor has no backward on CPUs.
             feature_acts = feature_acts.to_dense()
-        codes = from_dense(feature_acts)
+        codes = from_dense(feature_acts) if feature_acts.shape[-1] == self.cfg.d_sae else None
         if codes is None:
             return super().decode(feature_acts)
         if self._is_rescaled():
@@ -159,9 +160,7 @@ class _SparseSAE(AcceleratedModule):
         return sae_in.detach(), self.b_enc - F.linear(zero, self._rows_of_W_enc().detach())
 
     def _rows_of_W_enc(self) -> Tensor:
-        """`[F, D]`, contiguous, whatever has been assigned to the parameter in the meantime."""
-        if not self.W_enc.T.is_contiguous():
-            as_latent_major(self.W_enc)
+        """`[F, D]`."""
         return self.W_enc.T
 
     def _is_rescaled(self) -> bool:
@@ -233,11 +232,11 @@ class _TopKTrainingSAE(_TrainingSAE):
         if len(dead) <= k_aux:
             return F.linear(x, W_enc[dead], b_enc[dead]) @ self.W_dec[dead]
         with torch.no_grad():
-            scores = F.linear(x, W_enc[dead], b_enc[dead])
-            if norm is not None:
-                scores *= norm[dead]
-            indices = dead[scores.topk(k_aux, sorted=False).indices].int()
-            chosen = SparseCodes(scores.new_empty(indices.shape), indices, torch.full_like(indices[..., 0], k_aux))
+            weight, bias, scale = W_enc[dead], b_enc[dead], None if norm is None else norm[dead]
+            rows = x.reshape(-1, x.shape[-1])
+            best = torch.cat([_best(F.linear(some, weight, bias), k_aux, scale) for some in rows.split(_ROWS_AT_ONCE)])
+            indices = dead[best].int().reshape(*x.shape[:-1], k_aux)
+            chosen = SparseCodes(x.new_empty(indices.shape), indices, torch.full_like(indices[..., 0], k_aux))
         return sparse_decode(encode_at(chosen, x, W_enc, b_enc), self.W_dec)
 
 
@@ -245,9 +244,7 @@ class _TopKSelection:
     activation = TopK
 
     def _select(self, x: Tensor, b_enc: Tensor, norm: Tensor | None) -> SparseCodes:
-        if norm is None:
-            return topk_encode(x, self._rows_of_W_enc(), b_enc, k=self.activation_fn.k)
-        return scaled_topk(x, self._rows_of_W_enc(), b_enc, norm.detach(), self.activation_fn.k)
+        return topk(x, self._rows_of_W_enc(), b_enc, self.activation_fn.k, None if norm is None else norm.detach())
 
 
 class FastTopKSAE(_TopKSelection, _SparseSAE, TopKSAE):
@@ -277,7 +274,8 @@ class FastBatchTopKTrainingSAE(_TopKTrainingSAE, BatchTopKTrainingSAE):
     activation = BatchTopK
 
     def _metrics(self, feature_acts: Tensor) -> dict[str, Tensor]:
-        self.update_topk_threshold(feature_acts.values())
+        # A copy: torch.compile cannot follow a view of the values of a sparse tensor.
+        self.update_topk_threshold(feature_acts.values().clone())
         return {"topk_threshold": self.topk_threshold}
 
     def _select(self, x: Tensor, b_enc: Tensor, norm: Tensor | None) -> SparseCodes:
@@ -286,14 +284,14 @@ class FastBatchTopKTrainingSAE(_TopKTrainingSAE, BatchTopKTrainingSAE):
 
 
 class FastJumpReLUSAE(_SparseSAE, JumpReLUSAE):
-    """As FastTopKSAE, while at most one latent in eight fires, and in no row more than one in sixteen."""
+    """As FastTopKSAE, while at most one latent in sixteen fires, on average and in every row."""
 
     host_class = JumpReLUSAE
     activation = nn.ReLU
 
     def _select(self, x: Tensor, b_enc: Tensor, norm: Tensor | None) -> SparseCodes | None:
         threshold = self.threshold.detach()
-        if _is_crowded(x, self._rows_of_W_enc(), b_enc - threshold.clamp(min=0)):
+        if is_crowded(x, self._rows_of_W_enc(), b_enc, threshold):
             return None
         return above(x, self._rows_of_W_enc(), b_enc, threshold)
 
@@ -301,9 +299,9 @@ class FastJumpReLUSAE(_SparseSAE, JumpReLUSAE):
 class FastJumpReLUTrainingSAE(_TrainingSAE, JumpReLUTrainingSAE):
     """Codes hold the entries above their threshold and, with value 0, those whose gradient reaches it from below.
 
-    While more than an eighth of the latents would be in them, as at the start of a training, the host's own code runs;
-    one `[B, F]` tensor, without gradient, is made while a row has more than a sixteenth. See `TrainStep` for what a
-    training step hands out.
+    While more than a sixteenth of the latents would be in them, as at the start of a training, the host's own code
+    runs; one `[B, F]` tensor, without gradient, is made while a row has more than a sixteenth. See `TrainStep` for what
+    a training step hands out.
     """
 
     host_class = JumpReLUTrainingSAE
@@ -331,7 +329,7 @@ class FastJumpReLUTrainingSAE(_TrainingSAE, JumpReLUTrainingSAE):
         with torch.no_grad():
             # A little more than half a bandwidth: `_gate` says what is near.
             bias = b_enc - (self.threshold - 0.51 * self.bandwidth).to(b_enc.dtype)
-            if _is_crowded(x, W_enc, bias):
+            if is_crowded(x, W_enc, bias, bias.new_zeros(())):
                 return None
             chosen = above(x, W_enc, bias, bias.new_zeros(()))
         return encode_at(chosen, x, W_enc, b_enc)
@@ -404,16 +402,13 @@ class FastSAETrainer(SAETrainer, Accelerated):
 _TRAINING_SAES = (FastTopKTrainingSAE, FastBatchTopKTrainingSAE, FastJumpReLUTrainingSAE)
 
 
+def _best(scores: Tensor, k: int, scale: Tensor | None) -> Tensor:
+    """Of each row, the k largest scores times `scale`, whatever their sign: `[B, k]` indices."""
+    return (scores if scale is None else scores.mul_(scale)).topk(k, sorted=False).indices
+
+
 def _dead(step_input: TrainStepInput) -> Tensor | None:
     """The dead latents, in order; None for none. Waits for an accelerator, as the host does."""
     mask = step_input.dead_neuron_mask
     dead = None if mask is None else mask.nonzero().squeeze(1)
     return dead if dead is not None and len(dead) else None
-
-
-def _is_crowded(x: Tensor, W_enc: Tensor, bias: Tensor) -> bool:
-    """Whether, by a few rows, `<x, W_enc[f]> + bias[f]` is positive for more than one latent in `_CROWD`."""
-    rows = x.detach().reshape(-1, x.shape[-1])
-    rows = rows[:: max(1, len(rows) // _SAMPLE)]
-    hits = F.linear(rows, W_enc.detach(), bias.detach()) > 0
-    return _CROWD * int(hits.sum()) > hits.numel()

@@ -12,6 +12,10 @@ from .. import SparseCodes, batch_topk_select, sparse_encode, threshold_select, 
 
 _SLACK = 8
 """How many times the latents of an average row a row may have before the scores of all latents are kept at once."""
+_CROWD = 16
+"""Where more than one in so many latents fire, dense products are about as fast."""
+_SAMPLE = 16
+"""Rows that tell how many latents fire."""
 
 
 def live(codes: SparseCodes) -> Tensor:
@@ -31,12 +35,16 @@ def encode_at(codes: SparseCodes, x: Tensor, W_enc: Tensor, b_enc: Tensor | None
     return codes._replace(values=scores if b_enc is None else scores + at(b_enc, codes))
 
 
-def scaled_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor, k: int) -> SparseCodes:
+def topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, scale: Tensor | None = None) -> SparseCodes:
     """The k latents largest in `scale[f] (<x, W_enc[f]> + b_enc[f])` and positive, with the unscaled scores as values.
 
-    `scale [F]`, not negative: the norms of decoder rows. No gradient flows to it, nor does one where a host multiplies
-    the scores by norms and the decoder rows by their inverse.
+    `scale [F]`, not negative: the norms of decoder rows; None for 1. No gradient flows to it, nor does one where a host
+    multiplies the scores by norms and the decoder rows by their inverse. Raises ValueError for a k beyond F: hosts do
+    not clamp it.
     """
+    _require_at_most("k", k, len(W_enc))
+    if scale is None:
+        return topk_encode(x, W_enc, b_enc, k=k)
     with torch.no_grad():
         chosen = topk_encode(x, W_enc * scale.unsqueeze(1), b_enc * scale, k=k)
     return encode_at(chosen, x, W_enc, b_enc)
@@ -46,8 +54,10 @@ def batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, budget: int, scale: Tens
     """The `budget` best latents of the whole batch `x [..., D]`, ranked by `scale[f]` times the score if given.
 
     Values are the unscaled scores, with their gradients. The width of the codes is that of the longest row, which costs
-    an accelerator a wait for the host, as does the top-k over the batch that it stands in for.
+    an accelerator a wait for the host, as does the top-k over the batch that it stands in for. Raises ValueError for a
+    budget of more than all entries, as hosts do.
     """
+    _require_at_most("budget", budget, x.shape[:-1].numel() * len(W_enc))
     with torch.no_grad():
         if scale is None:
             chosen = _best_of_batch(x, W_enc, b_enc, budget)
@@ -65,6 +75,14 @@ def above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseC
     with torch.no_grad():
         chosen = _all_above(x, W_enc, b_enc, threshold.to(b_enc.dtype))
     return encode_at(chosen, x, W_enc, b_enc) if _any_learns(x, W_enc, b_enc) else chosen
+
+
+def is_crowded(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> bool:
+    """Whether, by a few rows of `x [..., D]`, too many scores are `> 0` and above their threshold for codes to pay."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    rows = rows[:: max(1, len(rows) // _SAMPLE)]
+    hits = F.linear(rows, W_enc.detach(), b_enc.detach()) > threshold.detach().clamp(min=0)
+    return _CROWD * int(hits.sum()) > hits.numel()
 
 
 def from_dense(acts: Tensor) -> SparseCodes | None:
@@ -94,6 +112,11 @@ def padded(codes: SparseCodes) -> tuple[Tensor, Tensor]:
         spare = torch.where(codes.counts > 0, indices[..., 0], somewhere).unsqueeze(-1)
         indices = indices.where(mask, spare)
     return values, indices
+
+
+def _require_at_most(name: str, value: int, bound: int) -> None:
+    if value > bound:
+        raise ValueError(f"{name} must be at most {bound}, all there are; got {value}")
 
 
 def _any_learns(*tensors: Tensor) -> bool:

@@ -13,7 +13,7 @@ from .. import SparseCodes, decode_mse, sparse_decode, topk_encode, topk_select
 from . import accelerate, deaccelerate
 from .accelerated import Accelerated, AcceleratedModule
 from .adam import slow_down, speed_up
-from .sparse import at, live, padded
+from .sparse import at, live, padded, topk
 from .weights import normalize_rows_, project_rows_
 
 
@@ -61,7 +61,7 @@ class FastSparseCoder(AcceleratedModule, SparseCoder):
         k, multi_topk = self.cfg.k, self.cfg.multi_topk
         y = x if y is None else y
         z = self._encoder_input(x)
-        wide = topk_encode(z, self.encoder.weight, self.encoder.bias, k=4 * k if multi_topk else k)
+        wide = topk(z, self.encoder.weight, self.encoder.bias, 4 * k if multi_topk else k)
         sae_out = self._decode(_best(wide, k) if multi_topk else wide)
         if self.W_skip is not None:
             sae_out = sae_out + x.to(self.dtype) @ self.W_skip.mT

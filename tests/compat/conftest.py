@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import sys
 import warnings
 
 import pytest
@@ -31,6 +32,14 @@ def pytest_configure(config: pytest.Config) -> None:
         # Where this file is found only while tests are being collected, the filters of the imports are already set.
         action, message, category, module = line.split(":")
         warnings.filterwarnings(action, message, getattr(builtins, category), module)
+
+
+def pytest_collection_finish() -> None:
+    # nnsight, which dictionary_learning imports, patches torch.autocast and FakeTensor for the whole process: trainers of
+    # other hosts fail then, and so does torch.compile.
+    if "nnsight" in sys.modules:
+        for patch in sys.modules["nnsight"].DEFAULT_PATCHER.patches:
+            patch.restore()
 
 
 @pytest.fixture(autouse=True)

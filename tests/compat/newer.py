@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, PathDistribution, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 try:
@@ -34,6 +35,16 @@ TESTS = {
     "sae-lens": ("sae_lens", "adaptivek_sae_lens", "formats_hosts"),
 }
 """The test modules of `tests/compat`, without `test_`, that a package is judged by."""
+
+# As in pyproject.toml, but that this is not the tested version is no news here. (A -W of the command line takes no pattern.)
+OPTIONS = (
+    "-q",
+    "-x",
+    "-p",
+    "no:cacheprovider",
+    "-o",
+    "filterwarnings=error\nignore:.*accelerate is tested with:UserWarning",
+)
 
 
 def pins() -> dict[str, Version]:
@@ -59,11 +70,9 @@ def failure_of(package: str, candidate: Version) -> str | None:
         except subprocess.CalledProcessError as error:
             return f"it cannot be installed: {_last_line(error.stderr)}"
         path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        # The warning that it is not the tested version is no news here.
-        ignored = ("-W", "ignore:.*accelerate is tested with:UserWarning")
         modules = [f"tests/compat/test_{name}.py" for name in TESTS[package]]
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *ignored, *modules],
+            [sys.executable, "-m", "pytest", *OPTIONS, *modules],
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -73,27 +82,33 @@ def failure_of(package: str, candidate: Version) -> str | None:
 
 
 def _install(requirement: str, folder: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-    subprocess.run([*pip, requirement], check=True, capture_output=True, text=True)
-    for unmet in {str(r) for r in _unmet(folder)}:
-        subprocess.run([*pip, unmet], check=True, capture_output=True, text=True)
+    """The package, and what it and those it brings ask for beyond the environment."""
+    wanted = {requirement}
+    while wanted:
+        for line in sorted(wanted):
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), line]
+            subprocess.run(pip, check=True, capture_output=True, text=True)
+        wanted = {str(unmet) for unmet in _unmet(folder)} - wanted
 
 
 def _unmet(folder: Path) -> Iterator[Requirement]:
-    """What the packages in the folder require that the environment does not have; torch stays the one it has."""
-    for info in folder.glob("*.dist-info"):
-        for line in PathDistribution(info).requires or ():
-            requirement = Requirement(line)
-            wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-            if wanted and requirement.name not in ("torch", "torchvision") and not _has(requirement):
-                yield requirement
+    """What the packages in the folder require and neither it nor the environment has; torch stays the one it has."""
+    here = [PathDistribution(info) for info in folder.glob("*.dist-info")]
+    versions = {canonicalize_name(package.metadata["Name"]): package.version for package in here}
+    for requirement in (Requirement(line) for package in here for line in package.requires or ()):
+        name = canonicalize_name(requirement.name)
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        found = versions.get(name) or _installed(name)
+        fits = found is not None and requirement.specifier.contains(found, prereleases=True)
+        if wanted and name not in ("torch", "torchvision") and not fits:
+            yield requirement
 
 
-def _has(requirement: Requirement) -> bool:
+def _installed(name: str) -> str | None:
     try:
-        return requirement.specifier.contains(version(requirement.name), prereleases=True)
+        return version(name)
     except PackageNotFoundError:
-        return False
+        return None
 
 
 def _last_line(text: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aksae_kernels.integrations import accelerate, deaccelerate
+from aksae_kernels.integrations import accelerate, deaccelerate, sparse
 from aksae_kernels.integrations.adam import FastAdam
 
 pytest.importorskip("dictionary_learning", reason="dictionary-learning is not installed; make test-compat installs it")
@@ -115,7 +115,7 @@ def without(cls: type, name: str):
 @pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_forward(kind, lead, output_features, monkeypatch):
     # A single row is soon called crowded.
-    monkeypatch.setattr(ours, "_CROWDED", 0.5)
+    monkeypatch.setattr(sparse, "_CROWD", 2)
     host = autoencoder(kind)
     fast = accelerate(copy.deepcopy(host))
     results = []
@@ -425,7 +425,7 @@ THRESHOLDS = {"high": (2.0, 2.5), "near 0": (-0.2, 0.2), "zero": (0.0, 0.0), "mi
 @pytest.mark.parametrize("thresholds", THRESHOLDS)
 def test_jumprelu_loss(thresholds, step, monkeypatch):
     # However many latents are near their thresholds.
-    monkeypatch.setattr(ours, "_CROWDED", 1.0)
+    monkeypatch.setattr(sparse, "_CROWD", 1)
     host, fast = both("jumprelu")
     x = inputs(ROWS)
     for made in (host, fast):
@@ -666,3 +666,31 @@ def test_a_row_without_activations_makes_the_topk_threshold_infinite():
         f = made.loss(inputs(ROWS), step=10, logging=True).f
         assert (f == 0).all(-1).any()
         assert made.ae.threshold == torch.inf
+
+
+@pytest.mark.parametrize("kind", ["topk", "batch_topk"])
+@pytest.mark.parametrize("replace", ["decoder", "encoder"])
+def test_a_layer_with_another_bias_is_the_hosts(kind, replace):
+    host = autoencoder(kind)
+    if replace == "decoder":
+        host.decoder = nn.Linear(F, D, bias=True, dtype=torch.float64)
+    else:
+        host.encoder = nn.Linear(D, F, bias=False, dtype=torch.float64)
+    fast = accelerate(copy.deepcopy(host))
+    assert_same(fast(inputs(ROWS)), host(inputs(ROWS)), **EXACT)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_an_empty_batch_leaves_the_weights_finite(kind):
+    _, fast = both(kind)
+    fast.update(1, inputs(ROWS))
+    with contextlib.suppress(IndexError, RuntimeError):
+        fast.update(2, inputs(0))
+    assert all(parameter.isfinite().all() for parameter in fast.ae.parameters())
+
+
+def test_a_k_of_more_than_all_latents_is_refused_as_by_the_host():
+    host = autoencoder("topk", k=F + 1)
+    for ae in (host, accelerate(copy.deepcopy(host))):
+        with pytest.raises((RuntimeError, ValueError)):
+            ae(inputs(ROWS))

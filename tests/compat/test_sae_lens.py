@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from sae_lens.config import SAETrainerConfig  # noqa: E402
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput  # noqa: E402
 from sae_lens.training.sae_trainer import SAETrainer  # noqa: E402
 
-from aksae_kernels.integrations import accelerate, deaccelerate  # noqa: E402
+from aksae_kernels.integrations import accelerate, deaccelerate, sparse  # noqa: E402
 from aksae_kernels.integrations.adam import FastAdam  # noqa: E402
 from aksae_kernels.integrations.sae_lens import (  # noqa: E402
     FastBatchTopKTrainingSAE,
@@ -379,7 +381,7 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("n_dead", [0, K_AUX, 50])
+@pytest.mark.parametrize("n_dead", [0, K_AUX, 50, F])
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_training_step_makes_no_dense_activations(name, n_dead):
     sae = training_sae(name, d_sae=10 * F)
@@ -812,6 +814,8 @@ def curve(fitted: SAETrainer, monkeypatch) -> tuple[list[dict[str, float]], list
 @pytest.mark.parametrize("normalize", ["none", "expected_average_only_in", "covariance_whitening"])
 @pytest.mark.parametrize("name", TRAINING)
 def test_the_trainer_takes_fifty_steps_along_the_same_curve(name, normalize, monkeypatch):
+    # Of 163 latents, more than one in sixteen fire.
+    monkeypatch.setattr(sparse, "_CROWD", 8)
     sae = training_sae(name, dtype="float32", normalize_activations=normalize)
     fast = copy.deepcopy(sae)
     slow_trainer, fast_trainer = trainer(sae), accelerate(trainer(fast))
@@ -918,3 +922,43 @@ def test_an_sae_that_is_accelerated_already_may_get_a_trainer():
     assert_close(fast_trainer.step(x).loss, slow_trainer.step(x).loss, "loss", 1e-5)
     accelerate(fast_trainer)
     assert_close(fast_trainer.step(x).loss, slow_trainer.step(x).loss, "loss", 1e-5)
+
+
+@pytest.mark.parametrize("width", [F - 9, 2 * F])
+def test_decode_takes_latents_of_its_own_width_only(width):
+    sae = accelerate(inference_sae("topk"))
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        sae.decode(torch.zeros(3, width, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", TOPK)
+def test_a_k_of_more_than_all_latents_is_refused_as_by_the_host(name):
+    sae = training_sae(name, k=F + 1)
+    for one in (sae, accelerated(sae)):
+        with pytest.raises((RuntimeError, ValueError)):
+            train_step(one, inputs(B))
+
+
+# torch.compile looks at the gradient of everything it meets, and says where it breaks the graph.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_compiled_step(name):
+    torch._dynamo.reset()
+    sae = training_sae(name)
+    plain, traced = accelerated(sae), accelerated(sae)
+    traced.training_forward_pass = torch.compile(traced.training_forward_pass, backend="eager")
+    expected, actual = (train_step(one, inputs(B)) for one in (plain, traced))
+    assert_close(actual.loss, expected.loss, "loss")
+    assert_same_gradients(traced, plain)
+    torch._dynamo.reset()
+
+
+def test_the_output_of_a_step_is_a_dataclass_that_can_be_changed_and_kept():
+    sae = accelerated(training_sae("topk"))
+    output = train_step(sae, inputs(B))
+    hidden_pre = sae.encode_with_hidden_pre(inputs(B))[1]
+    assert_close(dataclasses.replace(output, loss=output.loss * 2).hidden_pre, hidden_pre, "hidden_pre")
+    with torch.no_grad():
+        kept = pickle.loads(pickle.dumps(sae.training_forward_pass(TrainStepInput(inputs(B), {}, None, 0, False))))
+    assert_close(kept.hidden_pre, hidden_pre, "hidden_pre")
