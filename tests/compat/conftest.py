@@ -35,8 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # nnsight, which dictionary_learning imports, patches torch.autocast and FakeTensor for the whole process: trainers of
-    # other hosts fail then, and so does torch.compile.
+    # nnsight, which dictionary_learning imports, patches torch.autocast and FakeTensor for the whole process: other
+    # hosts' trainers fail then, and so does torch.compile.
     if "nnsight" in sys.modules:
         for patch in sys.modules["nnsight"].DEFAULT_PATCHER.patches:
             patch.restore()

@@ -36,15 +36,10 @@ TESTS = {
 }
 """The test modules of `tests/compat`, without `test_`, that a package is judged by."""
 
-# As in pyproject.toml, but that this is not the tested version is no news here. (A -W of the command line takes no pattern.)
-OPTIONS = (
-    "-q",
-    "-x",
-    "-p",
-    "no:cacheprovider",
-    "-o",
-    "filterwarnings=error\nignore:.*accelerate is tested with:UserWarning",
-)
+FILTERS = "error\nignore:.*accelerate is tested with:UserWarning"
+"""As in pyproject.toml, but that this is not the tested version is no news here."""
+# Not -W, which takes no pattern.
+OPTIONS = ("-q", "-x", "-p", "no:cacheprovider", "-o", f"filterwarnings={FILTERS}")
 
 
 def pins() -> dict[str, Version]:
