@@ -45,19 +45,33 @@ def accelerate(obj: Any) -> Any:
 
     The object keeps its identity, its parameters, its `state_dict` keys and the files it writes; its class becomes a
     subclass of the one it had. Outputs, losses and gradients are the host's, to rounding, by the host's own rules (its
-    module here names each of them); where the host is wrong, they are right. An SAE that is accelerated already is
-    left as it is. Encoder weights that the host keeps as `[D, F]` are laid out by latent in memory, behind the same
-    shape; `state_dict()` hands out contiguous copies of them.
+    module here names each of them); where the host is wrong, they are right. What is accelerated already is left as it
+    is.
+
+    Weights that the host keeps as `[D, F]` are transposed in memory, behind the same shape and object:
+
+    * `state_dict()` of the object holds contiguous COPIES of them. Edits in place of its entries, as moving averages
+      of weights are often applied, do not reach the parameters: edit those, or what `state_dict(keep_vars=True)` holds.
+      The `state_dict()` of a submodule by itself (`ae.decoder`) holds the parameter's own memory, in its layout.
+    * `.view(-1)`, `parameters_to_vector` and safetensors need `.contiguous()` of the parameter.
+    * Fused optimizers of torch go through weights and moments in the order they have in memory. A trainer's are taken
+      care of while it is accelerated. Accelerate before you make your own; their moments, from before or from a file,
+      keep the layout they had, and with `fused=True` must be copied into tensors `torch.empty_like(parameter)`.
+    * Other processes that share a weight's memory go on with the old one: accelerate before they start.
+
+    Not there on accelerated objects, where sparse kernels run: double backward, forward-mode derivatives and the
+    transforms of `torch.func`. A NaN in the decoder's row of a latent that did not fire does not show in outputs.
 
     Args:
         obj: an instance of one of the classes listed in the README, not of a subclass of somebody's own: what that
-            overrides would be lost.
+            overrides would be lost. Compile, or replace methods on the instance, afterwards.
 
     Raises:
         TypeError: the object is of none of those classes; the message lists them.
-        ValueError: it is, but is configured for something the kernels do not do; the message says what.
+        ValueError: it is, but is configured for something the kernels do not do, hides an accelerated method behind an
+            attribute of its own, or has a parametrised weight to transpose; the message says what.
 
-    Warns once for each host whose installed version is not the tested one.
+    The object is as it was where this raises. Warns once for each host whose installed version is not the tested one.
     """
     if isinstance(obj, Accelerated):
         return obj
@@ -68,21 +82,26 @@ def accelerate(obj: Any) -> Any:
         raise TypeError(
             f"obj must be an object of a class that can be accelerated, got {_name(type(obj))}; there are {supported}"
         )
-    reason = fast.refusal(obj)
+    reason = fast.obstacle(obj)
     if reason is not None:
         raise ValueError(f"obj must be something the kernels can do, got a {_name(type(obj))} with {reason}")
     _warn_untested(host)
     obj.__class__ = fast
-    obj._attach()
+    try:
+        obj._attach()
+    except BaseException:
+        deaccelerate(obj)
+        raise
     return obj
 
 
 def deaccelerate(obj: Any) -> Any:
     """Undo `accelerate`, in place: the object's class and the layout of its weights are the host's again; returned.
 
-    An object that is not accelerated is left as it is. Raises nothing.
+    An object that is not accelerated is left as it is, and so is one of a subclass of an accelerated class: the host
+    has none with its methods. A weight that is no plain parameter any more keeps its layout. Raises nothing.
     """
-    if isinstance(obj, Accelerated):
+    if isinstance(obj, Accelerated) and "host_class" in vars(type(obj)):
         obj._detach()
         obj.__class__ = type(obj).host_class
     return obj

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC
+from inspect import isfunction
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .weights import as_latent_major, as_row_major
 
@@ -33,11 +33,22 @@ class Accelerated:
         """What about an instance of `host_class` cannot be done, in words that fit after "with"; None if all can."""
         return None
 
+    @classmethod
+    def obstacle(cls, obj: Any) -> str | None:
+        """What keeps `accelerate` from an instance of `host_class`: its `refusal`, or how the object was altered."""
+        if (reason := cls.refusal(obj)) is not None:
+            return reason
+        for name in vars(obj):
+            fast, hosts = getattr(cls, name, None), getattr(cls.host_class, name, None)
+            if isfunction(fast) and isfunction(hosts) and fast is not hosts:
+                return f"a {name} of its own, which hides the accelerated one: accelerate first, then set or compile it"
+        return None
+
     def _attach(self) -> None:
-        """After the class has changed: what else has to."""
+        """After the class has changed: what else has to. Where it raises, `_detach` is called."""
 
     def _detach(self) -> None:
-        """Undo `_attach`, before the class changes back."""
+        """Undo `_attach`, also half of it, before the class changes back."""
 
 
 class AcceleratedModule(Accelerated):
@@ -46,20 +57,33 @@ class AcceleratedModule(Accelerated):
     transposed: ClassVar[tuple[str, ...]] = ()
     """Names of parameters `[D, F]`: their `.T`, `[F, D]`, is contiguous while the module is accelerated."""
 
+    @classmethod
+    def obstacle(cls, obj: nn.Module) -> str | None:
+        if (reason := super().obstacle(obj)) is not None:
+            return reason
+        bad = [name for name in cls.transposed if _matrix(obj, name) is None]
+        return f"{bad[0]} that needs to be a plain nn.Parameter of two dimensions, and is not" if bad else None
+
     def _attach(self) -> None:
         for name in self.transposed:
             as_latent_major(self.get_parameter(name))
 
     def _detach(self) -> None:
         for name in self.transposed:
-            as_row_major(self.get_parameter(name))
+            # Somebody may have parametrised it since.
+            if (weight := _matrix(self, name)) is not None:
+                as_row_major(weight)
 
     def state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The host's, with contiguous tensors: safetensors refuses others, and files should not tell."""
+        """The host's, with contiguous copies of `transposed`: safetensors needs them, and files should not tell.
+
+        With `keep_vars` the parameters themselves.
+        """
         state = super().state_dict(*args, **kwargs)
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_contiguous():
-                state[name] = value.contiguous()
+        prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
+        for name in (prefix + name for name in self.transposed):
+            if name in state and not isinstance(state[name], nn.Parameter):
+                state[name] = state[name].contiguous()
         return state
 
 
@@ -69,6 +93,15 @@ class AbstractFirst(ABC):  # noqa: B024 - for its place in memory alone
     CPython lets an object change its class only where the first bases of both classes, followed to the end, begin
     alike: there with `ABC`, in other hosts with `object`.
     """
+
+
+def _matrix(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter of that name, where it is one and has two dimensions."""
+    try:
+        parameter = module.get_parameter(name)
+    except AttributeError:
+        return None
+    return parameter if parameter.ndim == 2 else None
 
 
 def has_hooks(module: nn.Module) -> bool:

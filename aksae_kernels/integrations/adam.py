@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ..optim import adam_step
 
 _PLAIN = {"amsgrad": False, "maximize": False, "weight_decay": 0, "capturable": False, "differentiable": False}
+_followed: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
+"""Optimizers that stay torch's, with the hook that lays out their state."""
 
 
 class FastAdam(torch.optim.Adam):
@@ -20,20 +25,29 @@ class FastAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        groups = self.param_groups
-        plain = all(group.get(name, value) == value for group in groups for name, value in _PLAIN.items())
-        parameters = [param for group in groups for param in group["params"] if param.grad is not None]
-        if not plain or not all(_is_ours(param) for param in parameters):
-            return super().step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in groups:
+        if not self._is_plain():
+            _lay_out_state(self)
+            _torch_step(self)
+            return loss
+        for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
                     self._step_param(param, group)
         return loss
+
+    def _is_plain(self) -> bool:
+        """Whether the kernels can do this step, with the gradients there are now."""
+        # Of a gradient scaler: torch unscales in the step itself.
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            return False
+        groups = self.param_groups
+        parameters = [param for group in groups for param in group["params"] if param.grad is not None]
+        plain = all(group.get(name, value) == value for group in groups for name, value in _PLAIN.items())
+        return plain and not _is_fused(self) and all(_is_ours(param) for param in parameters)
 
     def _step_param(self, param: Tensor, group: dict) -> None:
         state = self.state[param]
@@ -60,29 +74,49 @@ class FastAdam(torch.optim.Adam):
         )
 
 
-def speed_up(optimizer: torch.optim.Optimizer) -> None:
-    """Turn a `torch.optim.Adam` into a FastAdam, in place; leave any other optimizer, a subclass too, as it is."""
-    if type(optimizer) is torch.optim.Adam:
+def speed_up(optimizer: Optimizer) -> None:
+    """Turn a `torch.optim.Adam` that is not fused into a FastAdam, in place; lay out the state of any optimizer.
+
+    Fused steps of torch go through parameter, gradient and state in the order each has in memory. The state of an
+    optimizer that keeps its class is laid out like the parameters before each step, since it may have been loaded.
+    """
+    if type(optimizer) is torch.optim.Adam and not _is_fused(optimizer):
         optimizer.__class__ = FastAdam
         optimizer._patch_step_function()
         _settle(optimizer)
+    elif isinstance(optimizer, Optimizer) and type(optimizer) is not FastAdam:
+        _lay_out_state(optimizer)
+        if optimizer not in _followed:
+            _followed[optimizer] = optimizer.register_step_pre_hook(_lay_out_state)
 
 
-def slow_down(optimizer: torch.optim.Optimizer) -> None:
-    """Undo `speed_up`."""
+def slow_down(optimizer: Optimizer) -> None:
+    """Undo `speed_up`, after the parameters have their layouts back."""
     if type(optimizer) is FastAdam:
         optimizer.__class__ = torch.optim.Adam
         _settle(optimizer)
+    elif optimizer in _followed:
+        _followed.pop(optimizer).remove()
+        _lay_out_state(optimizer)
+
+
+def _torch_step(optimizer: FastAdam) -> None:
+    """Of Adam, without the hooks that every step of an optimizer calls: the step that asks has called them."""
+    step = torch.optim.Adam.step
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
+
+
+def _is_fused(optimizer: Optimizer) -> bool:
+    return any(group.get("fused") for group in optimizer.param_groups)
 
 
 def _is_ours(param: Tensor) -> bool:
     return param.dtype in (torch.float32, torch.float64) and not param.grad.is_sparse
 
 
-def _settle(optimizer: torch.optim.Optimizer) -> None:
+def _settle(optimizer: Optimizer) -> None:
     """Lay moments out as their parameters are now, and have `step` be that of the class the optimizer has now."""
-    for param, state in optimizer.state.items():
-        _lay_out(state, param)
+    _lay_out_state(optimizer)
     # A scheduler of the learning rate has replaced the method, on the instance, by one that calls the function it found
     # and notes that it was called; torch warns where that replacement is gone.
     if "step" not in vars(optimizer):
@@ -94,6 +128,12 @@ def _settle(optimizer: torch.optim.Optimizer) -> None:
 
     step._wrapped_by_lr_sched = True
     optimizer.step = step
+
+
+def _lay_out_state(optimizer: Optimizer, *_) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            _lay_out(optimizer.state.get(param, {}), param)
 
 
 def _lay_out(state: dict, param: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,25 @@ _BLOCK = 2**18
 
 def as_latent_major(parameter: nn.Parameter) -> None:
     """Lay `[D, F]` out so that its `.T`, `[F, D]`, is contiguous. Shape and values stay, and so does the object."""
-    parameter.data = parameter.data.T.contiguous().T
-    _match_gradient(parameter)
+    _arrange(parameter, lambda tensor: tensor.T.contiguous().T)
 
 
 def as_row_major(parameter: nn.Parameter) -> None:
     """Undo `as_latent_major`."""
-    parameter.data = parameter.data.contiguous()
-    _match_gradient(parameter)
+    _arrange(parameter, Tensor.contiguous)
 
 
-def _match_gradient(parameter: nn.Parameter) -> None:
-    # One that is there already: later steps add to it in place.
-    if parameter.grad is not None:
-        parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+def _arrange(parameter: nn.Parameter, layout: Callable[[Tensor], Tensor]) -> None:
+    # In inference mode the copies would be tensors that can never be trained again.
+    with torch.inference_mode(parameter.is_inference()):
+        parameter.data = _keep_shared(layout(parameter.data), parameter.data)
+        # One that is there already: later steps add to it in place. Others than leaves warn when they are asked.
+        if parameter.is_leaf and parameter.grad is not None:
+            parameter.grad = _keep_shared(layout(parameter.grad), parameter.grad)
+
+
+def _keep_shared(copy: Tensor, original: Tensor) -> Tensor:
+    return copy.share_memory_() if original.is_shared() else copy
 
 
 def project_rows_(grad: Tensor, W: Tensor, *, norm_eps: float | None = None) -> None:
