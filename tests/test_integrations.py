@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_dispatch import run_python
 from torch import nn
+from torch.nn.utils import parametrize
 
 from aksae_kernels import SparseCodes, integrations, topk_encode
 from aksae_kernels.integrations import accelerate, deaccelerate, sparse, weights
@@ -41,6 +42,9 @@ class FastCoder(AcceleratedModule, Coder):
     @classmethod
     def refusal(cls, obj):
         return f"groups={obj.groups}" if obj.groups > 1 else None
+
+    def forward(self, x):
+        return (self.W_enc.T @ x.T).T
 
 
 class Unknown(Coder):
@@ -96,6 +100,19 @@ def test_a_state_dict_within_a_larger_one_is_contiguous(host):
     whole = nn.Sequential(accelerate(Coder()), nn.Linear(4, 2))
     assert list(whole.state_dict()) == ["0.W_enc", "1.weight", "1.bias"]
     assert all(tensor.is_contiguous() for tensor in whole.state_dict().values())
+
+
+def test_a_state_dict_touches_only_transposed_weights(host):
+    """Others of a larger module may have layouts on purpose, and with `keep_vars` there are no copies."""
+    coder = accelerate(Coder())
+    whole = nn.Sequential(nn.Linear(4, 2), coder)
+    weights.as_latent_major(whole[0].weight)
+    assert not whole.state_dict()["0.weight"].is_contiguous()
+    assert whole.state_dict()["0.weight"].data_ptr() == whole[0].weight.data_ptr()
+    assert whole.state_dict(prefix="a.")["a.1.W_enc"].is_contiguous()
+    assert whole.state_dict(keep_vars=True)["1.W_enc"] is coder.W_enc
+    with pytest.warns(FutureWarning, match="Positional args"):
+        assert coder.state_dict({}, "b.")["b.W_enc"].is_contiguous()
 
 
 def test_a_fast_class_may_be_constructed(host):
@@ -159,6 +176,99 @@ def test_what_cannot_be_accelerated_is_refused(host):
     assert grouped.W_enc.is_contiguous()
 
 
+@pytest.mark.parametrize("name", ["forward", "state_dict"])
+def test_a_method_of_the_instance_is_refused(host, name):
+    """It would hide the accelerated one, without a word: as where a host's method has been compiled."""
+    coder = Coder()
+    coder.note = print
+    setattr(coder, name, getattr(coder, name))
+    with pytest.raises(ValueError, match=rf"hosted\.coder\.Coder with a {name} of its own, .* accelerate first"):
+        accelerate(coder)
+    assert type(coder) is Coder
+    assert coder.W_enc.is_contiguous()
+    delattr(coder, name)
+    setattr(accelerate(coder), name, print)
+
+
+class Pair(nn.Module):
+    """Of a host: two coders, of which the second need not be one that can be accelerated."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.first, self.second = Coder(), second
+
+
+class FastPair(AcceleratedModule, Pair):
+    host_class = Pair
+
+    def _attach(self):
+        for coder in (self.first, self.second):
+            accelerate(coder)
+
+    def _detach(self):
+        for coder in (self.first, self.second):
+            deaccelerate(coder)
+
+
+def test_accelerate_is_all_or_nothing(host, monkeypatch):
+    monkeypatch.setattr(Pair, "__module__", "hosted.pair")
+    sys.modules["aksae_kernels.integrations.hosted"].FastPair = FastPair
+    pair = Pair(Unknown())
+    with pytest.raises(TypeError, match="Unknown"):
+        accelerate(pair)
+    assert [type(module) for module in (pair, pair.first, pair.second)] == [Pair, Coder, Unknown]
+    assert pair.first.W_enc.is_contiguous()
+
+
+class Within(nn.Module):
+    """Of a host: a weight of a submodule."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Linear(4, 3, bias=False)
+
+
+class FastWithin(AcceleratedModule, Within):
+    host_class = Within
+    transposed = ("decoder.weight",)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_weight_that_is_no_parameter(host, monkeypatch):
+    """Refused beforehand, and left as it is where it came to be later."""
+    monkeypatch.setattr(Within, "__module__", "hosted.within")
+    sys.modules["aksae_kernels.integrations.hosted"].FastWithin = FastWithin
+    module = Within()
+    parametrize.register_parametrization(module.decoder, "weight", Doubled())
+    with pytest.raises(ValueError, match=r"with decoder\.weight that needs to be a plain nn\.Parameter"):
+        accelerate(module)
+    assert type(module) is Within
+    module = accelerate(Within())
+    assert module.state_dict()["decoder.weight"].is_contiguous()
+    assert not module.decoder.state_dict()["weight"].is_contiguous()
+    parametrize.register_parametrization(module.decoder, "weight", Doubled())
+    assert type(deaccelerate(module)) is Within
+    flat = Coder()
+    flat.W_enc = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"W_enc .* two dimensions"):
+        accelerate(flat)
+
+
+def test_a_subclass_of_a_fast_class_is_left_as_it_is(host):
+    class Mine(FastCoder):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    coder = Mine()
+    assert accelerate(coder) is coder
+    assert type(deaccelerate(coder)) is Mine
+    assert coder.W_enc.T.is_contiguous()
+
+
 def test_an_untested_version_warns_once(host, monkeypatch):
     monkeypatch.setattr(integrations, "_warned", set())
     monkeypatch.setitem(integrations._HOSTS, "hosted", integrations._Host("torch", "0.1", "Coder"))
@@ -195,6 +305,49 @@ def test_a_gradient_follows_its_weight():
         change(parameter)
         assert parameter.grad.stride() == parameter.stride()
         assert torch.equal(parameter.grad, grad)
+
+
+CHANGES = [weights.as_latent_major, weights.as_row_major]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_weight_laid_out_in_inference_mode_can_be_trained(change):
+    parameter = nn.Parameter(torch.randn(4, 3).T if change is weights.as_row_major else torch.randn(3, 4))
+    parameter.grad = torch.randn_like(parameter)
+    with torch.inference_mode():
+        change(parameter)
+    assert not parameter.is_inference()
+    assert not parameter.grad.is_inference()
+    (parameter.sum() * parameter).sum().backward()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_weight_of_inference_mode_stays_one(change):
+    with torch.inference_mode():
+        parameter = nn.Parameter(torch.randn(3, 4))
+    change(parameter)
+    assert parameter.is_inference()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_shared_weight_stays_shared(change):
+    parameter = nn.Parameter(torch.randn(4, 3).T if change is weights.as_row_major else torch.randn(3, 4))
+    parameter.grad = torch.randn_like(parameter)
+    change(parameter)
+    assert not parameter.is_shared()
+    parameter = nn.Parameter(torch.randn(4, 3).T if change is weights.as_row_major else torch.randn(3, 4))
+    parameter.grad = torch.randn_like(parameter)
+    parameter.data.share_memory_()
+    parameter.grad.share_memory_()
+    change(parameter)
+    assert parameter.is_shared()
+    assert parameter.grad.is_shared()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_no_leaf_is_laid_out_without_a_warning(change):
+    weight = torch.randn(3, 4, requires_grad=True) * 2
+    change(weight)
 
 
 @pytest.mark.parametrize("shape", [(300, 7), (5, 70000), (0, 4), (3, 0)], ids=str)
@@ -425,6 +578,141 @@ def test_the_optimizer_goes_on_from_a_file():
         train(parameters, *optimizer, 2, 4)
     assert fast.state[mine[0]]["exp_avg"].stride() == mine[0].stride()
     torch.testing.assert_close(mine[0], theirs[0])
+
+
+FUSED = [(torch.optim.Adam, {}), (torch.optim.AdamW, {}), (torch.optim.SGD, {"momentum": 0.9})]
+
+
+@pytest.mark.parametrize(("cls", "options"), FUSED, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_fused_optimizer_changes_sides_in_the_middle(cls, options):
+    """torch's go through weights and moments by their order in memory."""
+    torch.manual_seed(0)
+    theirs = [torch.randn(4, 5, requires_grad=True)]
+    mine = copy.deepcopy(theirs)
+    slow, (fast, scheduler) = (optimizer_of(parameters, cls, fused=True, **options) for parameters in (theirs, mine))
+    train(theirs, *slow, 8)
+    train(mine, fast, scheduler, 0, 2)
+    saved = copy.deepcopy(fast.state_dict())
+    weights.as_latent_major(mine[0])
+    speed_up(fast)
+    speed_up(fast)
+    assert type(fast) is cls
+    fast.load_state_dict(saved)
+    train(mine, fast, scheduler, 2, 5)
+    weights.as_row_major(mine[0])
+    slow_down(fast)
+    assert not fast._optimizer_step_pre_hooks
+    train(mine, fast, scheduler, 5, 8)
+    torch.testing.assert_close(mine[0], theirs[0])
+
+
+def test_a_fast_optimizer_that_loads_a_fused_one():
+    """Options come with the state."""
+    torch.manual_seed(0)
+    theirs = [torch.randn(4, 5, requires_grad=True)]
+    mine = copy.deepcopy(theirs)
+    slow, (fast, scheduler) = optimizer_of(theirs, fused=True), optimizer_of(mine)
+    train(theirs, *slow, 2)
+    mine[0].data.copy_(theirs[0])
+    weights.as_latent_major(mine[0])
+    speed_up(fast)
+    fast.load_state_dict(copy.deepcopy(slow[0].state_dict()))
+    scheduler.load_state_dict(slow[1].state_dict())
+    train(theirs, *slow, 2, 4)
+    train(mine, fast, scheduler, 2, 4)
+    torch.testing.assert_close(mine[0], theirs[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
+def test_the_optimizer_under_a_gradient_scaler(options):
+    """It skips a step with infinite gradients; a fused optimizer unscales them itself."""
+    torch.manual_seed(0)
+    theirs = [torch.randn(4, 5, requires_grad=True)]
+    mine = copy.deepcopy(theirs)
+    slow, fast = (torch.optim.Adam(parameters, lr=0.1, **options) for parameters in (theirs, mine))
+    speed_up(fast)
+    for parameters, optimizer in ((theirs, slow), (mine, fast)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for factor in (1.0, torch.inf, 1.0):
+            optimizer.zero_grad()
+            scaler.scale(parameters[0].square().sum() * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert mine[0].isfinite().all()
+    torch.testing.assert_close(mine[0], theirs[0])
+
+
+def test_a_step_of_a_scaler_is_left_to_torch():
+    """By what a scaler sets: torch's Adam that is not fused will not have it."""
+    parameter = torch.ones(3, requires_grad=True)
+    parameter.grad = torch.ones(3)
+    optimizer = torch.optim.Adam([parameter])
+    speed_up(optimizer)
+    optimizer.grad_scale = optimizer.found_inf = torch.ones(())
+    with pytest.raises(AssertionError):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_closure_makes_the_gradients(dtype):
+    theirs = torch.linspace(-1, 1, 5).to(dtype).requires_grad_()
+    mine = theirs.detach().clone().requires_grad_()
+    slow, fast = torch.optim.Adam([theirs], lr=0.1), torch.optim.Adam([mine], lr=0.1)
+    speed_up(fast)
+    for parameter, optimizer in ((theirs, slow), (mine, fast)):
+
+        def closure(parameter=parameter, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = parameter.square().sum()
+            loss.backward()
+            return loss
+
+        losses = [optimizer.step(closure).item() for _ in range(3)]
+        assert losses == sorted(losses, reverse=True)
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_a_closure_that_makes_sparse_gradients():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = torch.optim.Adam(embedding.parameters())
+    speed_up(optimizer)
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step(lambda: embedding(torch.tensor([1])).sum().backward())
+
+
+@pytest.mark.parametrize("weight_decay", [0, 0.1], ids=["ours", "torch's"])
+@pytest.mark.parametrize("make", ["sped up", "constructed"])
+def test_hooks_of_a_step_run_once(weight_decay, make):
+    parameter = torch.ones(3, requires_grad=True)
+    parameter.grad = torch.ones(3)
+    cls = FastAdam if make == "constructed" else torch.optim.Adam
+    optimizer = cls([parameter], weight_decay=weight_decay)
+    speed_up(optimizer)
+    ran = []
+    optimizer.register_step_pre_hook(lambda *_: ran.append("before"))
+    optimizer.register_step_post_hook(lambda *_: ran.append("after"))
+    optimizer.step()
+    slow_down(optimizer)
+    optimizer.step()
+    assert ran == ["before", "after"] * 2
+
+
+def test_a_step_left_to_torch_before_any_adam_was_made():
+    """Only the first instance has torch wrap the method for hooks."""
+    said = run_python(
+        "import torch\n"
+        "from aksae_kernels.integrations.adam import FastAdam, slow_down\n"
+        "parameter = torch.ones(3, requires_grad=True)\n"
+        "parameter.grad = torch.ones(3)\n"
+        "optimizer, ran = FastAdam([parameter], lr=0.5, weight_decay=0.1), []\n"
+        "assert not hasattr(torch.optim.Adam.step, 'hooked')\n"
+        "optimizer.register_step_pre_hook(lambda *_: ran.append(1))\n"
+        "optimizer.step()\n"
+        "slow_down(optimizer)\n"
+        "optimizer.step()\n"
+        "print(ran, [round(value, 3) for value in parameter.tolist()])"
+    )
+    assert said.splitlines()[-1] == "[1, 1] [0.001, 0.001, 0.001]"
 
 
 def test_other_optimizers_are_left_alone():

@@ -82,7 +82,6 @@ def speed_up(optimizer: Optimizer) -> None:
     """
     if type(optimizer) is torch.optim.Adam and not _is_fused(optimizer):
         optimizer.__class__ = FastAdam
-        optimizer._patch_step_function()
         _settle(optimizer)
     elif isinstance(optimizer, Optimizer) and type(optimizer) is not FastAdam:
         _lay_out_state(optimizer)
@@ -117,6 +116,8 @@ def _is_ours(param: Tensor) -> bool:
 def _settle(optimizer: Optimizer) -> None:
     """Lay moments out as their parameters are now, and have `step` be that of the class the optimizer has now."""
     _lay_out_state(optimizer)
+    # The step of a class runs hooks from its first instance on.
+    optimizer._patch_step_function()
     # A scheduler of the learning rate has replaced the method, on the instance, by one that calls the function it found
     # and notes that it was called; torch warns where that replacement is gone.
     if "step" not in vars(optimizer):
