@@ -59,8 +59,9 @@ def accelerate(obj: Any) -> Any:
       keep the layout they had, and with `fused=True` must be copied into tensors `torch.empty_like(parameter)`.
     * Other processes that share a weight's memory go on with the old one: accelerate before they start.
 
-    Not there on accelerated objects, where sparse kernels run: double backward, forward-mode derivatives and the
-    transforms of `torch.func`. A NaN in the decoder's row of a latent that did not fire does not show in outputs.
+    Where sparse kernels run there is reverse mode, once: double backward and `torch.func.grad` raise, and forward mode
+    (`torch.func.jvp`, dual tensors) takes what they compute for constants, WITHOUT an error. A NaN in the decoder's row
+    of a latent that did not fire does not show in outputs.
 
     Args:
         obj: an instance of one of the classes listed in the README, not of a subclass of somebody's own: what that
