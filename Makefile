@@ -66,10 +66,11 @@ $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 
 # The other codebases pull some 150 packages, so they get a venv of their own. torch is named again, or a dependency of
 # theirs would replace it. Two bring a torchvision that does not fit a CPU torch, and breaks `import transformers` merely
-# by being there.
+# by being there. Of three only the file layouts and interfaces are tested; what they depend on contradicts the others.
 $(COMPAT_INSTALLED): pyproject.toml setup.py $(SOURCES)
 	test -x $(COMPAT_BIN)/python || $(PYTHON) -m venv $(COMPAT_VENV)
 	$(COMPAT_PIP) '$(TORCH)' 'setuptools>=77' wheel
 	$(COMPAT_PIP) '$(TORCH)' --no-build-isolation --editable '.[bench,compat,train]'
+	$(COMPAT_PIP) --no-deps 'circuit-tracer==0.5.0' 'eai-delphi==0.1.3' 'sae-bench==0.6.0'
 	$(COMPAT_BIN)/python -m pip uninstall --quiet --yes torchvision
 	touch $@

@@ -294,6 +294,14 @@ def test_no_host_is_imported_unasked():
     assert said.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_is_loaded_is_laid_out(host, assign):
+    coder = accelerate(Coder())
+    coder.load_state_dict({"W_enc": torch.ones(3, 4)}, assign=assign)
+    assert coder.W_enc.T.is_contiguous()
+    assert (coder.W_enc == 1).all()
+
+
 # --------------------------------------------------------------------------------------------------- weights
 
 

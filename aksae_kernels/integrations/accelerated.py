@@ -86,6 +86,14 @@ class AcceleratedModule(Accelerated):
                 state[name] = state[name].contiguous()
         return state
 
+    def load_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The host's. With `assign` the file's tensors are laid out anew."""
+        loaded = super().load_state_dict(*args, **kwargs)
+        for weight in (_matrix(self, name) for name in self.transposed):
+            if weight is not None and not weight.T.is_contiguous():
+                as_latent_major(weight)
+        return loaded
+
 
 class AbstractFirst(ABC):  # noqa: B024 - for its place in memory alone
     """First base of what accelerates a `class X(ABC, nn.Module)`: `class Fast(AbstractFirst, AcceleratedModule, X)`.

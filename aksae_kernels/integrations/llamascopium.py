@@ -187,7 +187,7 @@ class FastTrainer(Accelerated, Trainer):
             slow_down(self.optimizer)
 
     def fit(self, sae: nn.Module, *args: Any, **kwargs: Any) -> bool | None:
-        if type(sae) is SparseAutoEncoder and FastSparseAutoEncoder.refusal(sae) is None:
+        if type(sae) is SparseAutoEncoder and FastSparseAutoEncoder.obstacle(sae) is None:
             accelerate(sae)
         if self.optimizer is not None:
             speed_up(self.optimizer)

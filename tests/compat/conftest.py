@@ -34,9 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
         warnings.filterwarnings(action, message, getattr(builtins, category), module)
 
 
-def pytest_collection_finish() -> None:
-    # nnsight, which dictionary_learning imports, patches torch.autocast and FakeTensor for the whole process: other
-    # hosts' trainers fail then, and so does torch.compile.
+@pytest.fixture(autouse=True)
+def _unpatched() -> None:
+    # nnsight, which two hosts import, patches torch.autocast and FakeTensor for the whole process: the trainers of others
+    # fail then, and so does torch.compile.
     if "nnsight" in sys.modules:
         for patch in sys.modules["nnsight"].DEFAULT_PATCHER.patches:
             patch.restore()
