@@ -53,7 +53,7 @@ def test_the_first_that_breaks_is_named(monkeypatch, capsys):
     )
     assert newer.main() == 1
     assert capsys.readouterr().out.splitlines() == [
-        "good: 1 and 3 newer versions pass",
+        "good: 3 versions newer than 1, all pass",
         "bad: 3 is the first that breaks: 1 failed",
     ]
 

@@ -36,8 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _unpatched() -> None:
-    # nnsight, which two hosts import, patches torch.autocast and FakeTensor for the whole process: the trainers of others
-    # fail then, and so does torch.compile.
+    # nnsight, which two hosts import, patches torch.autocast and FakeTensor for the whole process: trainers of other
+    # hosts fail then, and so does torch.compile.
     if "nnsight" in sys.modules:
         for patch in sys.modules["nnsight"].DEFAULT_PATCHER.patches:
             patch.restore()

@@ -120,7 +120,7 @@ def main() -> int:
             status = 1
             print(f"{package}: {broken[0]} is the first that breaks: {broken[1]}", flush=True)
         else:
-            print(f"{package}: {pin} and {len(candidates)} newer versions pass", flush=True)
+            print(f"{package}: {len(candidates)} versions newer than {pin}, all pass", flush=True)
     return status
 
 
