@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -904,6 +907,24 @@ def test_a_truncated_or_missing_file_is_named(example, tmp_path):
     assert isinstance(formats.load(path), StoredSAE)
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_pickle_cut_anywhere_is_refused(tmp_path, zipped):
+    path, tensors = put(tmp_path / "a", dictionary_learning_topk().files) / "ae.pt", linear("b_dec")
+    torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+    data = path.read_bytes()
+    for size in range(0, len(data), 97):
+        path.write_bytes(data[:size])
+        assert str(path) in refused(path.parent)
+    path.write_bytes(b"\x80\x02K\x01K")
+    assert str(path) in refused(path.parent)
+
+
+def test_json_nested_too_deep(tmp_path):
+    path = put(tmp_path / "a", native_topk().files)
+    (path / "config.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert "config.json: got a file that is not readable JSON" in refused(path)
+
+
 def test_every_tensor_is_checked(example, tmp_path):
     unchecked = ("k", "stats_", "latents_", "scaling_factor", "dataset_average", "group_sizes")
     if example.files.get("config.json", {}).get("trainer", {}).get("dict_class", "").endswith(("TopK", "AdaptiveK")):
@@ -1107,17 +1128,83 @@ def test_a_destination_that_is_there(tmp_path):
 
 
 def test_a_failed_write_leaves_no_half_file(tmp_path, monkeypatch):
-    def full(value, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(path))
+    def full(value, file):
+        file.write(b"half")
+        raise error
 
     sae = formats.load(put(tmp_path / "a", native_topk().files))
     formats.save(sae, tmp_path / "b", "dictionary_learning")
     before = contents(tmp_path / "b")
-    monkeypatch.setattr(torch, "save", full)
+    other = dataclasses.replace(sae, activation=formats.stored.TopK(K + 1))
+    for error in (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()):
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.raises(type(error)) as caught:
+            formats.save(other, tmp_path / "b", "dictionary_learning", overwrite=True)
+        # The settings, written first, are the old ones as well.
+        assert contents(tmp_path / "b") == before
+    assert isinstance(caught.value, KeyboardInterrupt)
+
+
+LIMITED = """
+import resource, signal, sys
+import torch
+from aksae import cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "file"),
+    [("native", "sae.safetensors"), ("sae_lens", "sae_weights.safetensors"), ("dictionary_learning", "ae.pt")],
+)
+def test_a_disk_that_refuses_leaves_the_old_sae(tmp_path, target, file):
+    """In a process that may write 5000 bytes to a file, fewer than the weights have and more than the settings."""
+    sae = formats.load(put(tmp_path / "a", native_topk().files))
+    formats.save(sae, tmp_path / "old", target)
+    formats.save(dataclasses.replace(sae, activation=formats.stored.TopK(K + 1)), tmp_path / "new", "sparsify")
+    before = contents(tmp_path / "old")
+    arguments = ["convert", tmp_path / "new", tmp_path / "old", "--to", target, "--overwrite"]
+    done = subprocess.run([sys.executable, "-c", LIMITED, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"aksae: {tmp_path / 'old' / file}: File too large; files written before stay valid\n"
+    assert contents(tmp_path / "old") == before
+
+
+@pytest.mark.parametrize("k", [None, K])
+def test_a_model_is_replaced_as_a_whole(tmp_path, monkeypatch, k):
+    first, second = (AdaptiveKSAE(SAEConfig(D_IN, D_SAE, k=k, k_min=1, k_max=k_max)) for k_max in (12, 13))
+    first.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+
+    def full(tensors, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        formats.save(sae, tmp_path / "b", "dictionary_learning", overwrite=True)
-    assert contents(tmp_path / "b") == before
+        second.save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_tensors_in_one_memory(tmp_path):
+    """Tied weights, and views of one long tensor: written each by itself, and no longer than it is."""
+    W_enc, b_enc, W_dec, b_dec = weights()
+    flat = torch.cat([W_enc.flatten(), b_enc, torch.zeros(100_000), b_dec])
+    tensors = {
+        "bias": flat[-D_IN:],
+        "encoder.weight": flat[: W_enc.numel()].view_as(W_enc),
+        "encoder.bias": flat[W_enc.numel() :][:D_SAE],
+        "decoder.weight": flat[: W_enc.numel()].view_as(W_enc).T,
+    }
+    sae = formats.load(put(tmp_path / "a", dictionary_learning_files("AutoEncoder", tensors)))
+    assert sae.W_enc.data_ptr() == sae.W_dec.data_ptr()
+    for target in ("sae_lens", "dictionary_learning", "openai"):
+        path = place(tmp_path, target, f"in-{target}")
+        formats.save(sae, path, target)
+        files = [path] if path.is_file() else path.iterdir()
+        assert sum(file.stat().st_size for file in files) < 20_000
+        close(formats.load(path)(X), sae(X))
 
 
 def convert(*arguments: object) -> int:

@@ -39,6 +39,9 @@ _REFUSALS = (
     errno.EISDIR,
     errno.ENAMETOOLONG,
     errno.EIO,
+    errno.EFBIG,
+    errno.EEXIST,
+    errno.ELOOP,
 )
 
 

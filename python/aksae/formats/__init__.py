@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 
 from ..config import to_dict
 from ..errors import UserError
-from ..files import CONFIG, WEIGHTS, read_json, read_pickle, read_tensors, write_json, write_pickle, write_tensors
+from ..files import CONFIG, WEIGHTS, read_json, read_pickle, read_tensors, write_files
 from ..sae import AdaptiveKSAE
 from . import adaptivek, circuit_tracer, dictionary_learning, llamascopium, native, openai, sae_lens, sparsify
 from .folding import fit
@@ -47,7 +47,6 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 _MODULES = (native, adaptivek, sparsify, sae_lens, dictionary_learning, openai, llamascopium, circuit_tracer)
 _FORMATS = dict(zip(FORMATS, _MODULES, strict=True))
 _READ = {".json": read_json, ".safetensors": read_tensors}
-_WRITE = {".json": write_json, ".safetensors": write_tensors}
 
 
 def load(path: str | Path, format: Format | None = None, **assumptions: Any) -> StoredSAE:
@@ -79,7 +78,7 @@ def load(path: str | Path, format: Format | None = None, **assumptions: Any) -> 
 def save(
     sae: StoredSAE | AdaptiveKSAE, path: str | Path, format: Format = "native", *, overwrite: bool = False
 ) -> tuple[str, ...]:
-    """Write `sae` to `path`, each file replaced as a whole and the weights last.
+    """Write `sae` to `path`; its files are complete before the first takes its place, and the weights do so last.
 
     An SAE as `load` gave it has its tensors and settings written back unchanged in its own format. In another the
     settings are the host's defaults, but for what the SAE computes and the names of model and hook.
@@ -109,9 +108,7 @@ def save(
             files = module.pack(sae)
         except UserError as error:
             raise UserError(f"{format}: {error}") from error
-    for file, content in files.items():
-        (path / file).parent.mkdir(parents=True, exist_ok=True)
-        _WRITE.get((path / file).suffix, write_pickle)(path / file, content)
+    write_files({path / file: content for file, content in files.items()})
     return sae.notes
 
 
