@@ -1023,7 +1023,7 @@ FP16 = torch.zeros(D_IN, dtype=torch.float16)
             llamascopium_topk_by_decoder_norm,
             ["config.json"],
             {"norm_activation": None},
-            "got nan, needs a number above 0",
+            "got nan, needs a finite number",
         ),
         (llamascopium_topk_by_decoder_norm, ["config.json"], {"expansion_factor": 3}, "got 36, needs 40, what the"),
         (
@@ -1038,6 +1038,86 @@ def test_what_a_file_may_not_say(tmp_path, make, keys, values, message):
     example = make()
     path = put(place(tmp_path, example.format), changed(json_copy(example.files), *keys, **values))
     assert message in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (torch.tensor([K, K]), "a tensor of shape [2], needs a finite number"),
+        (torch.tensor(2.5), "2.5, needs an integer"),
+        (torch.tensor(float("nan")), "nan, needs a finite number"),
+        (torch.tensor(float("inf")), "inf, needs a finite number"),
+        (torch.tensor(True), "True, needs a finite number"),
+        (torch.tensor(5j), "5j, needs a finite number"),
+        ("5", "'5', needs a finite number"),
+        ([[5]], "[[5]], needs a finite number"),
+    ],
+    ids=str,
+)
+def test_a_number_in_a_pickle(tmp_path, value, got):
+    files = changed(dictionary_learning_topk().files, "ae.pt", k=value)
+    assert f"ae.pt: tensor k: got {got}" in refused(put(tmp_path / "a", files))
+
+    files = llamascopium_pickled_without_decoder_bias().files
+    files["sae_weights.pt"]["sae"]["dataset_average_activation_norm.blocks.3.in"] = value
+    files["config.json"]["norm_activation"] = "dataset-wise"
+    path = put(tmp_path / "b", files)
+    if got.startswith("2.5"):
+        assert formats.load(path).input_scale == D_IN**0.5 / 2.5
+    else:
+        assert f"tensor dataset_average_activation_norm.blocks.3.in: got {got}" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, float("nan"), "ae.pt: tensor _extra_state: k_min: got nan, needs a finite number"),
+        (0, 1.5, "ae.pt: tensor _extra_state: k_min: got 1.5, needs an integer"),
+        (1, float("inf"), "ae.pt: tensor _extra_state: k_max: got inf, needs a finite number"),
+        (1, D_SAE + 1, "k_max: got 41, needs a number from 0 to d_sae = 40"),
+        (2, float("nan"), "steepness: got nan, needs a finite number"),
+    ],
+)
+def test_an_extra_state_out_of_range(tmp_path, position, value, message):
+    files = dictionary_learning_adaptivek().files
+    files["ae.pt"]["_extra_state"][position] = value
+    assert message in refused(put(tmp_path / "a", files))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, "4"], ids=lambda value: str(value)[:9])
+def test_an_expansion_factor_that_is_no_number(tmp_path, value):
+    path = put(tmp_path / "a", changed(llamascopium_topk_by_decoder_norm().files, "config.json", expansion_factor=value))
+    assert f"config.json: expansion_factor: got {value!r}, needs a finite number" in refused(path)
+
+
+@pytest.mark.parametrize("shape", [(0, D_IN), (D_SAE, 0), (0, 0)])
+def test_nothing_to_encode(tmp_path, shape):
+    d_sae, d_in = shape
+    tensors = {
+        "bias": torch.zeros(d_in),
+        "encoder.weight": torch.zeros(d_sae, d_in),
+        "encoder.bias": torch.zeros(d_sae),
+        "decoder.weight": torch.zeros(d_in, d_sae),
+    }
+    files = dictionary_learning_files("AutoEncoder", tensors, activation_dim=d_in, dict_size=d_sae)
+    message = f"W_enc: got {d_sae} latents of {d_in} inputs, needs at least one of each"
+    assert message in refused(put(tmp_path / "a", files))
+
+
+@pytest.mark.parametrize("name", ["encoder.weight", "threshold"])
+@pytest.mark.parametrize(
+    "hollow", [torch.zeros(1).expand(2**20, 2**20), torch.empty(D_SAE, D_IN, device="meta")], ids=["expanded", "meta"]
+)
+def test_a_tensor_without_its_entries(tmp_path, name, hollow):
+    path = put(tmp_path / "a", changed(dictionary_learning_topk().files, "ae.pt", **{name: hollow}))
+    assert f"ae.pt: tensor {name}: got a tensor of shape {list(hollow.shape)} without its entries" in refused(path)
+
+
+def test_a_trainer_that_names_the_wrong_class(tmp_path):
+    """What TopKTrainer's settings say of any `dict_class`."""
+    example = dictionary_learning_adaptivek()
+    files = changed(example.files, "config.json", "trainer", dict_class="AutoEncoderTopK")
+    close(formats.load(put(tmp_path / "a", files))(X), example.output(X))
 
 
 @pytest.mark.parametrize("format", [*FORMATS, "elsewhere"])
