@@ -548,7 +548,7 @@ def circuit_tracer_relu_with_skip():
 SUFFIXES = {"openai": ".pt", "circuit_tracer": ".safetensors"}
 
 
-def place(folder: Path, format: str, name: str = "sae") -> Path:
+def place(folder: Path, format: str, name: str = "layer_3") -> Path:
     return folder / f"{name}{SUFFIXES.get(format, '')}"
 
 
@@ -799,10 +799,48 @@ def test_what_adaptivek_files_leave_open_may_be_given(tmp_path):
     assert config == SAEConfig(D_IN, D_SAE, k_min=1, k_max=12, **given)
 
     assumed = formats.load(path, steepness=4.0)
-    assert assumed.notes == ("assumed, since the files do not say: score_min = 0, score_max = 10",)
+    assert assumed.notes == (
+        "assumed, since the files do not say: score_min = 0, score_max = 10, probe_reads = last "
+        "(other values: --score-min, --score-max, --probe-reads)",
+    )
     assert assumed.activation.config == SAEConfig(D_IN, D_SAE, k_min=1, k_max=12, steepness=4.0)
     with pytest.raises(UserError, match="steepness: got it for native, needs adaptivek"):
         formats.load(tmp_path / "b", steepness=4.0)
+
+
+def test_what_was_given_is_not_dropped_in_the_same_format(tmp_path):
+    path = put(tmp_path / "a", adaptivek().files)
+    with pytest.raises(UserError, match="adaptivek: steepness: got 4, needs 6"):
+        formats.save(formats.load(path, steepness=4.0), tmp_path / "b", "adaptivek")
+    sae = formats.load(path, steepness=6.0, score_min=0.0, score_max=10.0, probe_reads="token", probe_lambda=3.0)
+    notes = formats.save(sae, tmp_path / "b", "adaptivek")
+    assert notes == ("not written: probe_reads = token, probe_lambda = 3.0",)
+    close(formats.load(tmp_path / "b")(X), adaptivek().output(X))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"probe_reads": "first"}, "probe_reads: got 'first', needs last or mean or token"),
+        ({"probe_lambda": -1.0}, "probe_lambda: got -1.0, needs a number from 0 up"),
+        ({"probe_lambda": float("nan")}, "probe_lambda: got nan, needs a number from 0 up"),
+    ],
+)
+def test_what_may_not_be_given(tmp_path, given, message):
+    with pytest.raises(UserError, match=message):
+        formats.load(put(tmp_path / "a", adaptivek().files), **given)
+    with pytest.raises(UserError, match=message):
+        AdaptiveKSAE(SAEConfig(D_IN, D_SAE, k=K, **given))
+
+
+def test_the_reshaping_of_hook_z_is_left_to_the_caller(tmp_path):
+    hook = "blocks.3.attn.hook_z"
+    files = changed(sae_lens_jumprelu().files, "cfg.json", "metadata", hook_name=hook)
+    sae = formats.load(put(tmp_path / "a", files))
+    assert formats.save(sae, tmp_path / "b", "sae_lens") == ()
+    notes = formats.save(sae, tmp_path / "c", "dictionary_learning")
+    assert notes[0] == f"reshaping {hook} from [..., heads, d_head] to one vector is left to the caller"
+    assert "left to the caller" not in "".join(formats.save(formats.load(tmp_path / "c"), tmp_path / "d", "sae_lens"))
 
 
 @pytest.mark.parametrize("k", [None, K])
@@ -1086,7 +1124,9 @@ def test_an_extra_state_out_of_range(tmp_path, position, value, message):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, "4"], ids=lambda value: str(value)[:9])
 def test_an_expansion_factor_that_is_no_number(tmp_path, value):
-    path = put(tmp_path / "a", changed(llamascopium_topk_by_decoder_norm().files, "config.json", expansion_factor=value))
+    path = put(
+        tmp_path / "a", changed(llamascopium_topk_by_decoder_norm().files, "config.json", expansion_factor=value)
+    )
     assert f"config.json: expansion_factor: got {value!r}, needs a finite number" in refused(path)
 
 
@@ -1134,6 +1174,20 @@ def test_cross_layer_transcoders_are_refused(tmp_path):
     path = put(tmp_path, {"W_enc_0.safetensors": {"W_enc_0": torch.zeros(4, 3)}})
     assert "got a cross-layer transcoder, needs one layer's: its latents write to several" in refused(path)
     assert "got a cross-layer transcoder" in refused(path / "W_enc_0.safetensors")
+
+
+def test_a_folder_of_layers(tmp_path):
+    for layer in range(2):
+        put(tmp_path / f"layer_{layer}.safetensors", circuit_tracer_jumprelu().files)
+    for format in (None, "circuit_tracer"):
+        assert "got a folder, needs the file of one layer, such as layer_0.safetensors" in refused(tmp_path, format)
+    close(formats.load(tmp_path / "layer_1.safetensors")(X), circuit_tracer_jumprelu().output(X))
+
+
+def test_a_file_of_a_folder_is_not_taken_for_an_sae(example, tmp_path):
+    path = put(place(tmp_path, example.format), example.files)
+    for name in set(example.files) - {""}:
+        assert "got one of the files of a folder, needs the folder" in refused(path / name)
 
 
 @pytest.mark.parametrize("name", ["checkpoints/pruned.safetensors", "checkpoints/final.pt"])
@@ -1269,7 +1323,7 @@ def test_a_model_is_replaced_as_a_whole(tmp_path, monkeypatch, k):
 
 def test_tensors_in_one_memory(tmp_path):
     """Tied weights, and views of one long tensor: written each by itself, and no longer than it is."""
-    W_enc, b_enc, W_dec, b_dec = weights()
+    W_enc, b_enc, _, b_dec = weights()
     flat = torch.cat([W_enc.flatten(), b_enc, torch.zeros(100_000), b_dec])
     tensors = {
         "bias": flat[-D_IN:],
@@ -1310,7 +1364,26 @@ def test_convert_on_the_command_line(tmp_path, capsys):
 
     put(tmp_path / "authors", adaptivek().files)
     assert convert("--to", "native", tmp_path / "authors", tmp_path / "e") == 0
-    assert "; assumed, since the files do not say: steepness = 6, " in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(
+        "; assumed, since the files do not say: steepness = 6, score_min = 0, score_max = 10, probe_reads = last "
+        "(other values: --steepness, --score-min, --score-max, --probe-reads)\n"
+    )
+    given = {"steepness": 4.0, "score_min": 1.0, "score_max": 8.0, "probe_reads": "token"}
+    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
+    assert convert("--to", "native", *flags, tmp_path / "authors", tmp_path / "f") == 0
+    assert "assumed" not in capsys.readouterr().out
+    assert AdaptiveKSAE.from_pretrained(tmp_path / "f").config == SAEConfig(D_IN, D_SAE, k_min=1, k_max=12, **given)
+    assert convert("--to", "native", "--steepness", 4, tmp_path / "b", tmp_path / "g") == 2
+    assert "steepness: got it for sae_lens, needs adaptivek" in capsys.readouterr().err
+
+
+def test_a_destination_that_cannot_be(tmp_path, capsys):
+    put(tmp_path / "a", native_topk().files)
+    (tmp_path / "dangling").symlink_to("/nowhere/at/all")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, reason in (("dangling", "File exists"), ("loop", "File exists"), ("a/config.json/b", "Not a directory")):
+        assert convert("--to", "sparsify", tmp_path / "a", tmp_path / name) == 2
+        assert re.search(f"^aksae: .*{name}.*: {reason}; files written before stay valid\n$", capsys.readouterr().err)
 
 
 def json_copy(files: dict[str, Any]) -> dict[str, Any]:

@@ -183,7 +183,8 @@ def _write_pickle(path: Path, values: Mapping[str, Any]) -> None:
         except RuntimeError as error:
             # torch closes its archive after a failed write, and fails once more: that hides what the disk said.
             first = error.__context__
-            raise first if isinstance(first, (OSError, KeyboardInterrupt)) else OSError(errno.EIO, str(error))
+            known = isinstance(first, (OSError, KeyboardInterrupt))
+            raise (first if known else OSError(errno.EIO, str(error))) from error
 
 
 _WRITERS = {".json": _write_json, ".safetensors": _write_tensors}

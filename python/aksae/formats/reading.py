@@ -30,7 +30,10 @@ class Fields:
         return default if value is None else value
 
     def take(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """The value of `name`, of type `kind` and finite; `default` where there is none or null, UserError without a default."""
+        """The value of `name`, of type `kind` and finite; `default` where there is none or null.
+
+        UserError for any other value, and where there is neither a value nor a default.
+        """
         value = self.get(name)
         if value is None:
             if default is _REQUIRED:
@@ -60,7 +63,9 @@ class Tensors:
             raise UserError(f"{file}: got {type(tensors).__name__}, needs a dictionary of tensors")
         for name, tensor in tensors.items():
             if isinstance(tensor, Tensor) and not _is_whole(tensor):
-                raise UserError(f"{file}: tensor {name}: got {shown(tensor)} without its entries, needs every one stored")
+                raise UserError(
+                    f"{file}: tensor {name}: got {shown(tensor)} without its entries, needs every one stored"
+                )
         self.file = file
         self._left = dict(tensors)
         self._dtype: torch.dtype | None = None

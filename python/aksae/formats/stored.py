@@ -97,6 +97,8 @@ class Origin(NamedTuple):
     format: str
     files: Mapping[str, Any]
     """What each file holds, by its name within the folder; `""` for a format of one file."""
+    assumptions: Mapping[str, Any]
+    """What the caller of `load` said beside the files."""
 
 
 @dataclass(frozen=True, eq=False)
