@@ -1386,6 +1386,15 @@ def test_a_destination_that_cannot_be(tmp_path, capsys):
         assert re.search(f"^aksae: .*{name}.*: {reason}; files written before stay valid\n$", capsys.readouterr().err)
 
 
+def test_a_destination_that_is_gone(tmp_path, monkeypatch, capsys):
+    source = put(tmp_path / "a", native_topk().files)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    assert convert("--to", "sparsify", source, "b") == 2
+    assert capsys.readouterr().err == "aksae: b: got No such file or directory, needs a place that can be written\n"
+
+
 def json_copy(files: dict[str, Any]) -> dict[str, Any]:
     """A copy of the nested dictionaries; tensors are shared."""
     return {name: json_copy(item) if isinstance(item, dict) else item for name, item in files.items()}

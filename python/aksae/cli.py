@@ -164,14 +164,22 @@ def convert(
     """
     from .formats import convert
 
-    assumptions = {
-        "steepness": steepness, "score_min": score_min, "score_max": score_max, "probe_reads": probe_reads
-    }  # fmt: skip
     try:
-        print(convert(source, target, to=to, source_format=source_format, overwrite=overwrite, **assumptions))
+        done = convert(
+            source,
+            target,
+            to=to,
+            source_format=source_format,
+            overwrite=overwrite,
+            steepness=steepness,
+            score_min=score_min,
+            score_max=score_max,
+            probe_reads=probe_reads,
+        )
     except FileNotFoundError as error:
-        # A source that is not there is a UserError.
-        raise UserError(f"{error.filename}: got {os.strerror(error.errno)}, needs a place to write to") from error
+        # The target's: a source that is not there is a UserError.
+        raise UserError(f"{target}: got {os.strerror(error.errno)}, needs a place that can be written") from error
+    print(done)
 
 
 def _print_table(evaluation: dict[str, Any]) -> None:
