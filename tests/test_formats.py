@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -545,7 +548,7 @@ def circuit_tracer_relu_with_skip():
 SUFFIXES = {"openai": ".pt", "circuit_tracer": ".safetensors"}
 
 
-def place(folder: Path, format: str, name: str = "sae") -> Path:
+def place(folder: Path, format: str, name: str = "layer_3") -> Path:
     return folder / f"{name}{SUFFIXES.get(format, '')}"
 
 
@@ -796,10 +799,48 @@ def test_what_adaptivek_files_leave_open_may_be_given(tmp_path):
     assert config == SAEConfig(D_IN, D_SAE, k_min=1, k_max=12, **given)
 
     assumed = formats.load(path, steepness=4.0)
-    assert assumed.notes == ("assumed, since the files do not say: score_min = 0, score_max = 10",)
+    assert assumed.notes == (
+        "assumed, since the files do not say: score_min = 0, score_max = 10, probe_reads = last "
+        "(other values: --score-min, --score-max, --probe-reads)",
+    )
     assert assumed.activation.config == SAEConfig(D_IN, D_SAE, k_min=1, k_max=12, steepness=4.0)
     with pytest.raises(UserError, match="steepness: got it for native, needs adaptivek"):
         formats.load(tmp_path / "b", steepness=4.0)
+
+
+def test_what_was_given_is_not_dropped_in_the_same_format(tmp_path):
+    path = put(tmp_path / "a", adaptivek().files)
+    with pytest.raises(UserError, match="adaptivek: steepness: got 4, needs 6"):
+        formats.save(formats.load(path, steepness=4.0), tmp_path / "b", "adaptivek")
+    sae = formats.load(path, steepness=6.0, score_min=0.0, score_max=10.0, probe_reads="token", probe_lambda=3.0)
+    notes = formats.save(sae, tmp_path / "b", "adaptivek")
+    assert notes == ("not written: probe_reads = token, probe_lambda = 3.0",)
+    close(formats.load(tmp_path / "b")(X), adaptivek().output(X))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"probe_reads": "first"}, "probe_reads: got 'first', needs last or mean or token"),
+        ({"probe_lambda": -1.0}, "probe_lambda: got -1.0, needs a number from 0 up"),
+        ({"probe_lambda": float("nan")}, "probe_lambda: got nan, needs a number from 0 up"),
+    ],
+)
+def test_what_may_not_be_given(tmp_path, given, message):
+    with pytest.raises(UserError, match=message):
+        formats.load(put(tmp_path / "a", adaptivek().files), **given)
+    with pytest.raises(UserError, match=message):
+        AdaptiveKSAE(SAEConfig(D_IN, D_SAE, k=K, **given))
+
+
+def test_the_reshaping_of_hook_z_is_left_to_the_caller(tmp_path):
+    hook = "blocks.3.attn.hook_z"
+    files = changed(sae_lens_jumprelu().files, "cfg.json", "metadata", hook_name=hook)
+    sae = formats.load(put(tmp_path / "a", files))
+    assert formats.save(sae, tmp_path / "b", "sae_lens") == ()
+    notes = formats.save(sae, tmp_path / "c", "dictionary_learning")
+    assert notes[0] == f"reshaping {hook} from [..., heads, d_head] to one vector is left to the caller"
+    assert "left to the caller" not in "".join(formats.save(formats.load(tmp_path / "c"), tmp_path / "d", "sae_lens"))
 
 
 @pytest.mark.parametrize("k", [None, K])
@@ -904,6 +945,24 @@ def test_a_truncated_or_missing_file_is_named(example, tmp_path):
     assert isinstance(formats.load(path), StoredSAE)
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_pickle_cut_anywhere_is_refused(tmp_path, zipped):
+    path, tensors = put(tmp_path / "a", dictionary_learning_topk().files) / "ae.pt", linear("b_dec")
+    torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+    data = path.read_bytes()
+    for size in range(0, len(data), 97):
+        path.write_bytes(data[:size])
+        assert str(path) in refused(path.parent)
+    path.write_bytes(b"\x80\x02K\x01K")
+    assert str(path) in refused(path.parent)
+
+
+def test_json_nested_too_deep(tmp_path):
+    path = put(tmp_path / "a", native_topk().files)
+    (path / "config.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert "config.json: got a file that is not readable JSON" in refused(path)
+
+
 def test_every_tensor_is_checked(example, tmp_path):
     unchecked = ("k", "stats_", "latents_", "scaling_factor", "dataset_average", "group_sizes")
     if example.files.get("config.json", {}).get("trainer", {}).get("dict_class", "").endswith(("TopK", "AdaptiveK")):
@@ -1002,7 +1061,7 @@ FP16 = torch.zeros(D_IN, dtype=torch.float16)
             llamascopium_topk_by_decoder_norm,
             ["config.json"],
             {"norm_activation": None},
-            "got nan, needs a number above 0",
+            "got nan, needs a finite number",
         ),
         (llamascopium_topk_by_decoder_norm, ["config.json"], {"expansion_factor": 3}, "got 36, needs 40, what the"),
         (
@@ -1019,6 +1078,88 @@ def test_what_a_file_may_not_say(tmp_path, make, keys, values, message):
     assert message in refused(path)
 
 
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (torch.tensor([K, K]), "a tensor of shape [2], needs a finite number"),
+        (torch.tensor(2.5), "2.5, needs an integer"),
+        (torch.tensor(float("nan")), "nan, needs a finite number"),
+        (torch.tensor(float("inf")), "inf, needs a finite number"),
+        (torch.tensor(True), "True, needs a finite number"),
+        (torch.tensor(5j), "5j, needs a finite number"),
+        ("5", "'5', needs a finite number"),
+        ([[5]], "[[5]], needs a finite number"),
+    ],
+    ids=str,
+)
+def test_a_number_in_a_pickle(tmp_path, value, got):
+    files = changed(dictionary_learning_topk().files, "ae.pt", k=value)
+    assert f"ae.pt: tensor k: got {got}" in refused(put(tmp_path / "a", files))
+
+    files = llamascopium_pickled_without_decoder_bias().files
+    files["sae_weights.pt"]["sae"]["dataset_average_activation_norm.blocks.3.in"] = value
+    files["config.json"]["norm_activation"] = "dataset-wise"
+    path = put(tmp_path / "b", files)
+    if got.startswith("2.5"):
+        assert formats.load(path).input_scale == D_IN**0.5 / 2.5
+    else:
+        assert f"tensor dataset_average_activation_norm.blocks.3.in: got {got}" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, float("nan"), "ae.pt: tensor _extra_state: k_min: got nan, needs a finite number"),
+        (0, 1.5, "ae.pt: tensor _extra_state: k_min: got 1.5, needs an integer"),
+        (1, float("inf"), "ae.pt: tensor _extra_state: k_max: got inf, needs a finite number"),
+        (1, D_SAE + 1, "k_max: got 41, needs a number from 0 to d_sae = 40"),
+        (2, float("nan"), "steepness: got nan, needs a finite number"),
+    ],
+)
+def test_an_extra_state_out_of_range(tmp_path, position, value, message):
+    files = dictionary_learning_adaptivek().files
+    files["ae.pt"]["_extra_state"][position] = value
+    assert message in refused(put(tmp_path / "a", files))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, "4"], ids=lambda value: str(value)[:9])
+def test_an_expansion_factor_that_is_no_number(tmp_path, value):
+    path = put(
+        tmp_path / "a", changed(llamascopium_topk_by_decoder_norm().files, "config.json", expansion_factor=value)
+    )
+    assert f"config.json: expansion_factor: got {value!r}, needs a finite number" in refused(path)
+
+
+@pytest.mark.parametrize("shape", [(0, D_IN), (D_SAE, 0), (0, 0)])
+def test_nothing_to_encode(tmp_path, shape):
+    d_sae, d_in = shape
+    tensors = {
+        "bias": torch.zeros(d_in),
+        "encoder.weight": torch.zeros(d_sae, d_in),
+        "encoder.bias": torch.zeros(d_sae),
+        "decoder.weight": torch.zeros(d_in, d_sae),
+    }
+    files = dictionary_learning_files("AutoEncoder", tensors, activation_dim=d_in, dict_size=d_sae)
+    message = f"W_enc: got {d_sae} latents of {d_in} inputs, needs at least one of each"
+    assert message in refused(put(tmp_path / "a", files))
+
+
+@pytest.mark.parametrize("name", ["encoder.weight", "threshold"])
+@pytest.mark.parametrize(
+    "hollow", [torch.zeros(1).expand(2**20, 2**20), torch.empty(D_SAE, D_IN, device="meta")], ids=["expanded", "meta"]
+)
+def test_a_tensor_without_its_entries(tmp_path, name, hollow):
+    path = put(tmp_path / "a", changed(dictionary_learning_topk().files, "ae.pt", **{name: hollow}))
+    assert f"ae.pt: tensor {name}: got a tensor of shape {list(hollow.shape)} without its entries" in refused(path)
+
+
+def test_a_trainer_that_names_the_wrong_class(tmp_path):
+    """What TopKTrainer's settings say of any `dict_class`."""
+    example = dictionary_learning_adaptivek()
+    files = changed(example.files, "config.json", "trainer", dict_class="AutoEncoderTopK")
+    close(formats.load(put(tmp_path / "a", files))(X), example.output(X))
+
+
 @pytest.mark.parametrize("format", [*FORMATS, "elsewhere"])
 def test_files_of_another_format(tmp_path, format):
     for make in SAMPLES.values():
@@ -1033,6 +1174,20 @@ def test_cross_layer_transcoders_are_refused(tmp_path):
     path = put(tmp_path, {"W_enc_0.safetensors": {"W_enc_0": torch.zeros(4, 3)}})
     assert "got a cross-layer transcoder, needs one layer's: its latents write to several" in refused(path)
     assert "got a cross-layer transcoder" in refused(path / "W_enc_0.safetensors")
+
+
+def test_a_folder_of_layers(tmp_path):
+    for layer in range(2):
+        put(tmp_path / f"layer_{layer}.safetensors", circuit_tracer_jumprelu().files)
+    for format in (None, "circuit_tracer"):
+        assert "got a folder, needs the file of one layer, such as layer_0.safetensors" in refused(tmp_path, format)
+    close(formats.load(tmp_path / "layer_1.safetensors")(X), circuit_tracer_jumprelu().output(X))
+
+
+def test_a_file_of_a_folder_is_not_taken_for_an_sae(example, tmp_path):
+    path = put(place(tmp_path, example.format), example.files)
+    for name in set(example.files) - {""}:
+        assert "got one of the files of a folder, needs the folder" in refused(path / name)
 
 
 @pytest.mark.parametrize("name", ["checkpoints/pruned.safetensors", "checkpoints/final.pt"])
@@ -1107,17 +1262,83 @@ def test_a_destination_that_is_there(tmp_path):
 
 
 def test_a_failed_write_leaves_no_half_file(tmp_path, monkeypatch):
-    def full(value, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(path))
+    def full(value, file):
+        file.write(b"half")
+        raise error
 
     sae = formats.load(put(tmp_path / "a", native_topk().files))
     formats.save(sae, tmp_path / "b", "dictionary_learning")
     before = contents(tmp_path / "b")
-    monkeypatch.setattr(torch, "save", full)
+    other = dataclasses.replace(sae, activation=formats.stored.TopK(K + 1))
+    for error in (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()):
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.raises(type(error)) as caught:
+            formats.save(other, tmp_path / "b", "dictionary_learning", overwrite=True)
+        # The settings, written first, are the old ones as well.
+        assert contents(tmp_path / "b") == before
+    assert isinstance(caught.value, KeyboardInterrupt)
+
+
+LIMITED = """
+import resource, signal, sys
+import torch
+from aksae import cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "file"),
+    [("native", "sae.safetensors"), ("sae_lens", "sae_weights.safetensors"), ("dictionary_learning", "ae.pt")],
+)
+def test_a_disk_that_refuses_leaves_the_old_sae(tmp_path, target, file):
+    """In a process that may write 5000 bytes to a file, fewer than the weights have and more than the settings."""
+    sae = formats.load(put(tmp_path / "a", native_topk().files))
+    formats.save(sae, tmp_path / "old", target)
+    formats.save(dataclasses.replace(sae, activation=formats.stored.TopK(K + 1)), tmp_path / "new", "sparsify")
+    before = contents(tmp_path / "old")
+    arguments = ["convert", tmp_path / "new", tmp_path / "old", "--to", target, "--overwrite"]
+    done = subprocess.run([sys.executable, "-c", LIMITED, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"aksae: {tmp_path / 'old' / file}: File too large; files written before stay valid\n"
+    assert contents(tmp_path / "old") == before
+
+
+@pytest.mark.parametrize("k", [None, K])
+def test_a_model_is_replaced_as_a_whole(tmp_path, monkeypatch, k):
+    first, second = (AdaptiveKSAE(SAEConfig(D_IN, D_SAE, k=k, k_min=1, k_max=k_max)) for k_max in (12, 13))
+    first.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+
+    def full(tensors, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        formats.save(sae, tmp_path / "b", "dictionary_learning", overwrite=True)
-    assert contents(tmp_path / "b") == before
+        second.save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_tensors_in_one_memory(tmp_path):
+    """Tied weights, and views of one long tensor: written each by itself, and no longer than it is."""
+    W_enc, b_enc, _, b_dec = weights()
+    flat = torch.cat([W_enc.flatten(), b_enc, torch.zeros(100_000), b_dec])
+    tensors = {
+        "bias": flat[-D_IN:],
+        "encoder.weight": flat[: W_enc.numel()].view_as(W_enc),
+        "encoder.bias": flat[W_enc.numel() :][:D_SAE],
+        "decoder.weight": flat[: W_enc.numel()].view_as(W_enc).T,
+    }
+    sae = formats.load(put(tmp_path / "a", dictionary_learning_files("AutoEncoder", tensors)))
+    assert sae.W_enc.data_ptr() == sae.W_dec.data_ptr()
+    for target in ("sae_lens", "dictionary_learning", "openai"):
+        path = place(tmp_path, target, f"in-{target}")
+        formats.save(sae, path, target)
+        files = [path] if path.is_file() else path.iterdir()
+        assert sum(file.stat().st_size for file in files) < 20_000
+        close(formats.load(path)(X), sae(X))
 
 
 def convert(*arguments: object) -> int:
@@ -1143,7 +1364,35 @@ def test_convert_on_the_command_line(tmp_path, capsys):
 
     put(tmp_path / "authors", adaptivek().files)
     assert convert("--to", "native", tmp_path / "authors", tmp_path / "e") == 0
-    assert "; assumed, since the files do not say: steepness = 6, " in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(
+        "; assumed, since the files do not say: steepness = 6, score_min = 0, score_max = 10, probe_reads = last "
+        "(other values: --steepness, --score-min, --score-max, --probe-reads)\n"
+    )
+    given = {"steepness": 4.0, "score_min": 1.0, "score_max": 8.0, "probe_reads": "token"}
+    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
+    assert convert("--to", "native", *flags, tmp_path / "authors", tmp_path / "f") == 0
+    assert "assumed" not in capsys.readouterr().out
+    assert AdaptiveKSAE.from_pretrained(tmp_path / "f").config == SAEConfig(D_IN, D_SAE, k_min=1, k_max=12, **given)
+    assert convert("--to", "native", "--steepness", 4, tmp_path / "b", tmp_path / "g") == 2
+    assert "steepness: got it for sae_lens, needs adaptivek" in capsys.readouterr().err
+
+
+def test_a_destination_that_cannot_be(tmp_path, capsys):
+    put(tmp_path / "a", native_topk().files)
+    (tmp_path / "dangling").symlink_to("/nowhere/at/all")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, reason in (("dangling", "File exists"), ("loop", "File exists"), ("a/config.json/b", "Not a directory")):
+        assert convert("--to", "sparsify", tmp_path / "a", tmp_path / name) == 2
+        assert re.search(f"^aksae: .*{name}.*: {reason}; files written before stay valid\n$", capsys.readouterr().err)
+
+
+def test_a_destination_that_is_gone(tmp_path, monkeypatch, capsys):
+    source = put(tmp_path / "a", native_topk().files)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    assert convert("--to", "sparsify", source, "b") == 2
+    assert capsys.readouterr().err == "aksae: b: got No such file or directory, needs a place that can be written\n"
 
 
 def json_copy(files: dict[str, Any]) -> dict[str, Any]:

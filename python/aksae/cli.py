@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from .config import LabelConfig, ModelConfig, TextConfig, TrainConfig, cache_folder, validate_inputs
+from .config import LabelConfig, ModelConfig, ProbeReads, TextConfig, TrainConfig, cache_folder, validate_inputs
 from .errors import UserError
 from .formats import Format
 
@@ -39,6 +39,9 @@ _REFUSALS = (
     errno.EISDIR,
     errno.ENAMETOOLONG,
     errno.EIO,
+    errno.EFBIG,
+    errno.EEXIST,
+    errno.ELOOP,
 )
 
 
@@ -141,6 +144,10 @@ def convert(
     to: Format,
     source_format: Annotated[Format | None, tyro.conf.arg(name="from")] = None,
     overwrite: bool = False,
+    steepness: float | None = None,
+    score_min: float | None = None,
+    score_max: float | None = None,
+    probe_reads: ProbeReads | None = None,
 ) -> None:
     """Convert the files of an SAE to another project's format, or refuse with the reason.
 
@@ -150,10 +157,29 @@ def convert(
         to: format to write.
         source_format: format of SRC; None where the names of its files tell.
         overwrite: write even where DST is there.
+        steepness: slope of the score-to-k map, which adaptivek files do not hold; None for 6.
+        score_min: lowest score of that map; None for 0.
+        score_max: highest score of that map; None for 10.
+        probe_reads: what the probe of adaptivek files was fitted to read; None for last.
     """
     from .formats import convert
 
-    print(convert(source, target, to=to, source_format=source_format, overwrite=overwrite))
+    try:
+        done = convert(
+            source,
+            target,
+            to=to,
+            source_format=source_format,
+            overwrite=overwrite,
+            steepness=steepness,
+            score_min=score_min,
+            score_max=score_max,
+            probe_reads=probe_reads,
+        )
+    except FileNotFoundError as error:
+        # The target's: a source that is not there is a UserError.
+        raise UserError(f"{target}: got {os.strerror(error.errno)}, needs a place that can be written") from error
+    print(done)
 
 
 def _print_table(evaluation: dict[str, Any]) -> None:

@@ -255,6 +255,11 @@ def validate_sae(config: SAEConfig) -> None:
     _at_least("d_sae", config.d_sae, 1)
     if config.k is None:
         _check_map(config)
+    if config.probe_reads not in typing.get_args(ProbeReads):
+        needs = " or ".join(typing.get_args(ProbeReads))
+        raise UserError(f"probe_reads: got {config.probe_reads!r}, needs {needs}")
+    if config.probe_lambda is not None:
+        _at_least("probe_lambda", config.probe_lambda, 0)
     k_name, k_max = ("k_max", config.k_max) if config.k is None else ("k", config.k)
     _within(k_name, k_max, 0, config.d_sae, "d_sae")
 

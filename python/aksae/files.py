@@ -23,13 +23,8 @@ WEIGHTS, CONFIG = "sae.safetensors", "config.json"
 
 
 def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write `config.json` and `sae.safetensors` into `folder`, each replaced as a whole; the weights come last.
-
-    Raises OSError where the disk refuses; the weights that stood there before stay.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG, config)
-    write_tensors(folder / WEIGHTS, tensors)
+    """Write `config.json` and `sae.safetensors` into `folder`, as `write_files` does."""
+    write_files({folder / CONFIG: config, folder / WEIGHTS: tensors})
 
 
 def load_checkpoint(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,25 +65,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: got a file that safetensors cannot read ({error}), needs a checkpoint") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file. Raises OSError where the disk refuses; the file that stood there before stays."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    with atomic_file(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        try:
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
-        except SafetensorError as error:
-            # safetensors tells a failed write by the text alone; a full disk should look like one.
-            code = re.search(r"os error (\d+)", str(error))
-            number = int(code[1]) if code else errno.EIO
-            raise OSError(number, os.strerror(number), str(path)) from error
-        # safetensors lets only the owner read it; it gets the mode that new files have here.
-        temporary.chmod(mode)
-
-
 def read_pickle(path: Path) -> Any:
     """What `torch.save` wrote to `path`, on the CPU: tensors, numbers, strings and containers of them, never code.
 
@@ -108,16 +84,10 @@ def read_pickle(path: Path) -> Any:
             f"{path}: got a pickle that is refused ({reason[0] if reason else 'not readable'}), "
             "needs tensors, numbers and strings only; anything else could run code"
         ) from error
-    except (EOFError, RuntimeError, OSError, ValueError) as error:
+    except Exception as error:
+        # What torch raises over bytes that are no pickle of its own is anything.
         reason = str(error).partition("\n")[0] or "it ends too early"
         raise UserError(f"{path}: got a file that torch cannot read ({reason}), needs one of torch.save") from error
-
-
-def write_pickle(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` by `torch.save`, tensors contiguous. Raises OSError where the disk refuses."""
-    plain = {name: value.contiguous() if isinstance(value, Tensor) else value for name, value in values.items()}
-    with atomic_file(path) as temporary:
-        torch.save(plain, temporary)
 
 
 def read_json(path: Path) -> Any:
@@ -126,14 +96,32 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: got no such file, needs a JSON file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: got a file that is not readable JSON ({error}), needs one") from error
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON; numbers that JSON does not know (NaN, infinities) become null."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
+    write_files({path: value})
+
+
+def write_files(files: Mapping[Path, Any]) -> None:
+    """Write files that belong together: `.json`, `.safetensors` of a dictionary of tensors, others by `torch.save`.
+
+    All are complete under temporary names before the first takes its place; they do so in the order given. Folders are
+    made where they are missing; tensors are written contiguous, and each with memory of its own.
+
+    Raises OSError where the disk refuses; the files that stood there before stay.
+    """
+    for folder in {path.parent for path in files}:
+        folder.mkdir(parents=True, exist_ok=True)
+    with atomic_files(*files) as temporaries:
+        for (path, content), temporary in zip(files.items(), temporaries, strict=True):
+            try:
+                _WRITERS.get(path.suffix, _write_pickle)(temporary, content)
+            except OSError as error:
+                number = error.errno or errno.EIO
+                raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def finite(value: Any) -> Any:
@@ -148,14 +136,74 @@ def finite(value: Any) -> Any:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, which takes its place if the block succeeds and is removed if it does not."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with atomic_files(path) as (temporary,):
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+
+
+@contextmanager
+def atomic_files(*paths: Path) -> Iterator[list[Path]]:
+    """The same for several: none takes its place, in the order given, before all are on the disk."""
+    temporaries = [path.with_name(f".{path.name}.tmp") for path in paths]
+    try:
+        yield temporaries
+        for temporary in temporaries:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        for temporary, path in zip(temporaries, paths, strict=True):
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(_owned(tensors), path)
+    except SafetensorError as error:
+        # safetensors tells a failed write by the text alone; a full disk should look like one.
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
+    # safetensors lets only the owner read it; it gets the mode that new files have here.
+    path.chmod(mode)
+
+
+def _write_pickle(path: Path, values: Mapping[str, Any]) -> None:
+    with open(path, "wb") as file:
+        try:
+            torch.save(_owned(values), file)
+        except RuntimeError as error:
+            # torch closes its archive after a failed write, and fails once more: that hides what the disk said.
+            first = error.__context__
+            known = isinstance(first, (OSError, KeyboardInterrupt))
+            raise (first if known else OSError(errno.EIO, str(error))) from error
+
+
+_WRITERS = {".json": _write_json, ".safetensors": _write_tensors}
+
+
+def _owned(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with every tensor contiguous, and alone in a memory of no more than its entries."""
+    owned, seen = {}, set()
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            value = _owned(value)
+        elif isinstance(value, Tensor):
+            value = value.detach().contiguous()
+            memory = value.untyped_storage()
+            if memory.nbytes() > value.nbytes or memory.data_ptr() in seen:
+                value = value.clone()
+            seen.add(memory.data_ptr())
+        owned[name] = value
+    return owned
 
 
 def _check_length(path: Path) -> None:
@@ -168,7 +216,7 @@ def _check_length(path: Path) -> None:
         try:
             header = json.loads(file.read(start - 8))
             ends = {name: start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, AttributeError, TypeError, LookupError) as error:
+        except (ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
             raise UserError(f"{path}: got a header that is not safetensors' ({error}), needs a checkpoint") from error
     for name, end in sorted(ends.items(), key=lambda item: item[1]):
         if end > size:

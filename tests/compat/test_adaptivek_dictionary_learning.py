@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from aksae import AdaptiveKSAE, SAEConfig, UserError
+from aksae import AdaptiveKSAE, SAEConfig, UserError, formats
 from aksae.probe import ComplexityProbe
 
 pytest.importorskip("dictionary_learning", reason="needs the host: pip install dictionary-learning==0.1.0")
@@ -248,6 +248,9 @@ def test_train_sae_and_its_file(tmp_path, normalize):
     assert metrics["frac_variance_explained"] > 0.5
     assert 2 <= metrics["l0"] <= K_MAX
     assert json.loads((folder / "config.json").read_text())["trainer"]["k"] == K_MAX
+    stored = formats.load(folder)
+    torch.testing.assert_close(stored(data[0]), ae(data[0]))
+    assert torch.equal(stored.activation.k_for(data[0]), ae.k_for(data[0]))
 
 
 def test_scale_biases_keeps_k():
@@ -259,6 +262,31 @@ def test_scale_biases_keeps_k():
     torch.testing.assert_close(ae.encode(4 * x), 4 * acts)
     torch.testing.assert_close(ae(4 * x), 4 * x_hat)
     assert ae.threshold == 1.0
+
+
+@pytest.mark.parametrize("content", [AutoEncoderTopK(D, F, 4).state_dict(), [1], {"_extra_state": torch.zeros(5)}])
+def test_a_file_of_another_class(tmp_path, content):
+    torch.save(content, tmp_path / "ae.pt")
+    with pytest.raises(UserError, match=r"ae.pt: tensor \S+: got none, needs what AutoEncoderAdaptiveK saves"):
+        AutoEncoderAdaptiveK.from_pretrained(tmp_path / "ae.pt")
+
+
+def test_the_dtype_of_a_file_is_kept(tmp_path):
+    ae = make().double()
+    with torch.no_grad():
+        ae.encoder.weight.copy_(torch.rand(F, D, dtype=torch.float64) / 3)
+    torch.save(ae.state_dict(), tmp_path / "ae.pt")
+    loaded = AutoEncoderAdaptiveK.from_pretrained(tmp_path / "ae.pt")
+    assert torch.equal(loaded.encoder.weight, ae.encoder.weight)
+    assert loaded.decoder.weight.T.is_contiguous()
+
+
+def test_a_map_that_is_refused_changes_nothing():
+    ae, x = make(), randn(9, D)
+    k = ae.k_for(x)
+    with pytest.raises(UserError, match="k_min: got 30, needs at most k_max"):
+        ae.set_extra_state(torch.tensor([30.0, 3, 6, 0, 10]))
+    assert torch.equal(ae.k_for(x), k)
 
 
 def test_the_map_survives_a_cast(tmp_path):

@@ -105,6 +105,41 @@ def test_saving_again_leaves_no_old_split(tmp_path):
     assert json.loads((tmp_path / "layers.0" / "config.json").read_text())["dataset_repo"] == "some/text"
 
 
+def test_files_of_others_stay(tmp_path):
+    folder = tmp_path / "layers.0"
+    folder.mkdir()
+    for name in ("sae_weights.safetensors", "layer_0.safetensors", "0_1.safetensors.bak"):
+        (folder / name).write_text(name)
+    (folder / "0_98.safetensors").touch()
+    make_cache().save(tmp_path, model_name="tiny", n_splits=1)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "0_1.safetensors.bak", "0_99.safetensors", "config.json", "layer_0.safetensors", "sae_weights.safetensors"
+    ]  # fmt: skip
+    assert (folder / "layer_0.safetensors").read_text() == "layer_0.safetensors"
+
+
+@pytest.mark.parametrize("text", ['{"architecture": "topk", "model_name": "tiny"}', "[]", "no JSON"])
+def test_a_config_of_others_stays(tmp_path, text):
+    config = tmp_path / "layers.1" / "config.json"
+    config.parent.mkdir()
+    config.write_text(text)
+    with pytest.raises(UserError, match=r"layers.1/config.json: got a file that is"):
+        make_cache().save(tmp_path, model_name="tiny")
+    assert config.read_text() == text
+    # Nothing else is written, either.
+    assert [path.name for path in tmp_path.iterdir()] == ["layers.1"]
+    assert len(list(config.parent.iterdir())) == 1
+
+
+def test_tokens_are_copied(tmp_path):
+    cache, (tokens, activations) = make_cache(0), next(batches(1))
+    kept = tokens.clone()
+    cache.add(tokens, activations)
+    tokens.fill_(7)
+    cache.save(tmp_path, model_name="tiny", n_splits=1)
+    assert np.array_equal(load_file(tmp_path / "layers.0" / "0_99.safetensors")["tokens"], kept.numpy())
+
+
 def test_only_the_latents_asked_for(tmp_path):
     wanted = torch.tensor([3, 50, 99, 30])
     make_cache(latents={"layers.0": wanted}).save(tmp_path, model_name="tiny")
@@ -200,6 +235,11 @@ def test_batches_of_different_sizes(tmp_path):
     ("act", "message"),
     [
         (lambda: LatentCache({}, F), "encoders: got none"),
+        (lambda: LatentCache({"../a": None}, F), "encoders: got the hook point '../a', needs a name that stays"),
+        (lambda: LatentCache({"/a": None}, F), "encoders: got the hook point '/a', needs a name that stays"),
+        (lambda: LatentCache({"a": None}, 0), "d_sae: got 0, needs an int from 1 up"),
+        (lambda: LatentCache({"a": None}, 8.0), "d_sae: got 8.0, needs an int from 1 up"),
+        (lambda: make_cache().save("x", model_name="", n_splits=2.0), "n_splits: got 2.0, needs 1 to d_sae = 100"),
         (lambda: LatentCache({"a": None}, {"b": 1}), "d_sae: got ['b'], needs the hook points ['a']"),
         (lambda: LatentCache({"a": None}, F, latents={"b": None}), "latents: got ['b'], needs some of ['a']"),
         (lambda: LatentCache({"a": None}, F).save("x", model_name=""), "save: got no batch"),

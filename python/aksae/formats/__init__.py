@@ -17,13 +17,14 @@ reason. Where a host lacks a part, it is folded into the weights, and `notes` sa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
 from ..config import to_dict
 from ..errors import UserError
-from ..files import CONFIG, WEIGHTS, read_json, read_pickle, read_tensors, write_json, write_pickle, write_tensors
+from ..files import CONFIG, WEIGHTS, read_json, read_pickle, read_tensors, write_files
 from ..sae import AdaptiveKSAE
 from . import adaptivek, circuit_tracer, dictionary_learning, llamascopium, native, openai, sae_lens, sparsify
 from .folding import fit
@@ -47,7 +48,6 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 _MODULES = (native, adaptivek, sparsify, sae_lens, dictionary_learning, openai, llamascopium, circuit_tracer)
 _FORMATS = dict(zip(FORMATS, _MODULES, strict=True))
 _READ = {".json": read_json, ".safetensors": read_tensors}
-_WRITE = {".json": write_json, ".safetensors": write_tensors}
 
 
 def load(path: str | Path, format: Format | None = None, **assumptions: Any) -> StoredSAE:
@@ -57,7 +57,8 @@ def load(path: str | Path, format: Format | None = None, **assumptions: Any) -> 
         path: what the host would be given.
         format: one of `FORMATS`; None where the names of the files tell.
         assumptions: of `adaptivek` files alone, what they do not hold: `steepness`, `score_min`, `score_max`
-            (None: 6, 0 and 10, as in the authors' code, and a note says so), `probe_reads`, `probe_lambda`.
+            (None: 6, 0 and 10, as in the authors' code), `probe_reads` (None: last) and `probe_lambda`. A note says
+            what was assumed.
 
     Raises:
         UserError: a file is missing, truncated or not readable, asks for code to be run when opened, or describes
@@ -67,6 +68,7 @@ def load(path: str | Path, format: Format | None = None, **assumptions: Any) -> 
     path = Path(path)
     name = _recognised(path) if format is None else format
     module = _module(name)
+    assumptions = {name: value for name, value in assumptions.items() if value is not None}
     if assumptions and name != "adaptivek":
         raise UserError(f"{next(iter(assumptions))}: got it for {name}, needs adaptivek: others leave nothing open")
     files = {file: _READ.get((path / file).suffix, read_pickle)(path / file) for file in module.names(path)}
@@ -79,10 +81,11 @@ def load(path: str | Path, format: Format | None = None, **assumptions: Any) -> 
 def save(
     sae: StoredSAE | AdaptiveKSAE, path: str | Path, format: Format = "native", *, overwrite: bool = False
 ) -> tuple[str, ...]:
-    """Write `sae` to `path`, each file replaced as a whole and the weights last.
+    """Write `sae` to `path`; its files are complete before the first takes its place, and the weights do so last.
 
-    An SAE as `load` gave it has its tensors and settings written back unchanged in its own format. In another the
-    settings are the host's defaults, but for what the SAE computes and the names of model and hook.
+    An SAE as `load` gave it, without assumptions, has its tensors and settings written back unchanged in its own
+    format. In another the settings are the host's defaults, but for what the SAE computes and the names of model and
+    hook.
 
     Args:
         sae: what `load` gave, or a model of this project.
@@ -101,17 +104,16 @@ def save(
     _check_destination(path, module, format, overwrite)
     if isinstance(sae, AdaptiveKSAE):
         sae = _unpacked("native", {CONFIG: to_dict(sae.config), WEIGHTS: sae.state_dict()})
-    if sae.origin is not None and sae.origin.format == format:
+    # What was assumed stands in no file of the origin's.
+    if sae.origin is not None and sae.origin.format == format and not sae.origin.assumptions:
         files = sae.origin.files
     else:
         try:
-            sae = fit(sae, module.needs(sae))
+            sae = fit(_reshaping_noted(sae, format), module.needs(sae))
             files = module.pack(sae)
         except UserError as error:
             raise UserError(f"{format}: {error}") from error
-    for file, content in files.items():
-        (path / file).parent.mkdir(parents=True, exist_ok=True)
-        _WRITE.get((path / file).suffix, write_pickle)(path / file, content)
+    write_files({path / file: content for file, content in files.items()})
     return sae.notes
 
 
@@ -132,8 +134,15 @@ def convert(
 
 def _unpacked(name: Format, files: dict[str, Any], **assumptions: Any) -> StoredSAE:
     sae = _FORMATS[name].unpack(files, **assumptions)
-    object.__setattr__(sae, "origin", Origin(name, files))
+    object.__setattr__(sae, "origin", Origin(name, files, assumptions))
     return sae
+
+
+def _reshaping_noted(sae: StoredSAE, format: Format) -> StoredSAE:
+    if format == "sae_lens" or not (sae.hook_name or "").endswith("hook_z"):
+        return sae
+    note = f"reshaping {sae.hook_name} from [..., heads, d_head] to one vector is left to the caller"
+    return replace(sae, notes=(*sae.notes, note))
 
 
 def _module(name: str) -> ModuleType:
@@ -145,6 +154,9 @@ def _module(name: str) -> ModuleType:
 def _recognised(path: Path) -> str:
     if not path.exists():
         raise UserError(f"{path}: got no such file or folder, needs an SAE's")
+    for module in _MODULES:
+        if path.is_file() and not hasattr(module, "SUFFIX") and path.name in module.names(path.parent):
+            raise UserError(f"{path}: got one of the files of a folder, needs the folder, or the format to be given")
     found = [name for name, module in _FORMATS.items() if module.recognises(path)]
     if len(found) != 1:
         got = f"files of {' and '.join(found)}" if found else "files of no format known here"

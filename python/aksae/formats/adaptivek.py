@@ -18,6 +18,7 @@ from .stored import AdaptiveK, StoredSAE
 
 _WEIGHTS, _PROBE, _CONFIG = "ae.pt", "probe.pt", "dynamic_config.json"
 _MAP = {"steepness": 6.0, "score_min": 0.0, "score_max": 10.0}
+_ASSUMED = {**_MAP, "probe_reads": "last"}
 
 
 def names(path: Path) -> tuple[str, ...]:
@@ -34,12 +35,12 @@ def unpack(
     steepness: float | None = None,
     score_min: float | None = None,
     score_max: float | None = None,
-    probe_reads: ProbeReads = "last",
+    probe_reads: ProbeReads | None = None,
     probe_lambda: float | None = None,
 ) -> StoredSAE:
     """The arguments are what the files leave open, named as in `SAEConfig`; None stands for the authors' values."""
-    given = {"steepness": steepness, "score_min": score_min, "score_max": score_max}
-    assumed = {name: value for name, value in _MAP.items() if given[name] is None}
+    given = {"steepness": steepness, "score_min": score_min, "score_max": score_max, "probe_reads": probe_reads}
+    assumed = {name: value for name, value in _ASSUMED.items() if given[name] is None}
     tensors = Tensors(_WEIGHTS, files[_WEIGHTS])
     W_enc = tensors.take("encoder.weight", None, None)
     d_sae, d_in = W_enc.shape
@@ -61,17 +62,15 @@ def unpack(
         k_min=fields.take("min_k", int),
         k_max=fields.take("max_k", int),
         **{**given, **assumed},
-        probe_reads=probe_reads,
         probe_lambda=probe_lambda,
     )
     validate_sae(config)
-    notes = (f"assumed, since the files do not say: {', '.join(f'{k} = {v:g}' for k, v in assumed.items())}",)
     return StoredSAE(
         W_enc,
         **weights,
         activation=AdaptiveK(probe_of(weight, bias, config), config),
         subtract_b_dec=True,
-        notes=notes if assumed else (),
+        notes=(_note(assumed),) if assumed else (),
     )
 
 
@@ -103,3 +102,11 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
             "decoder.weight": sae.W_dec.T,
         },
     }
+
+
+def _note(assumed: dict[str, Any]) -> str:
+    values = ", ".join(
+        f"{name} = {value:g}" if name in _MAP else f"{name} = {value}" for name, value in assumed.items()
+    )
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in assumed)
+    return f"assumed, since the files do not say: {values} (other values: {flags})"

@@ -16,11 +16,17 @@ _CROSS_LAYER = "W_enc_0"
 
 
 def names(path: Path) -> tuple[str, ...]:
-    return (_CROSS_LAYER + SUFFIX,) if path.is_dir() else ("",)
+    if not path.is_dir():
+        return ("",)
+    if (path / (_CROSS_LAYER + SUFFIX)).is_file():
+        return (_CROSS_LAYER + SUFFIX,)
+    raise UserError(f"{path}: got a folder, needs the file of one layer, such as layer_0{SUFFIX}")
 
 
 def recognises(path: Path) -> bool:
-    return (path.is_file() and path.suffix == SUFFIX) or (path / (_CROSS_LAYER + SUFFIX)).is_file()
+    if path.is_file():
+        return path.suffix == SUFFIX
+    return (path / (_CROSS_LAYER + SUFFIX)).is_file() or any(path.glob(f"layer_*{SUFFIX}"))
 
 
 def unpack(files: dict[str, Any]) -> StoredSAE:

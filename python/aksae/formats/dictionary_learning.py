@@ -16,7 +16,7 @@ from ..config import SAEConfig, validate_sae
 from ..errors import UserError
 from .folding import Needs, left_out
 from .native import probe_of, probe_tensors
-from .reading import Fields, Tensors, agree
+from .reading import Fields, Tensors, agree, whole
 from .stored import Activation, AdaptiveK, JumpReLU, ReLU, StoredSAE, TopK
 
 _CONFIG, _WEIGHTS = "config.json", "ae.pt"
@@ -44,6 +44,9 @@ def unpack(files: dict[str, Any]) -> StoredSAE:
     if kind not in _LINEAR + _BARE:
         raise UserError(f"{_CONFIG}: dict_class: got {kind}, needs one of {', '.join(_LINEAR + _BARE)}")
     tensors = Tensors(_WEIGHTS, files[_WEIGHTS])
+    if kind == "AutoEncoderTopK" and "_extra_state" in tensors and "probe.weight" in tensors:
+        # TopKTrainer names this class in its settings whatever its `dict_class` is.
+        kind = "AutoEncoderAdaptiveK"
     weights = _linear(tensors) if kind in _LINEAR else _bare(tensors)
     d_sae, d_in = weights["W_enc"].shape
     agree(_CONFIG, "activation_dim", fields.take("activation_dim", int, d_in), d_in)
@@ -98,8 +101,9 @@ def _activation(kind: str, fields: Fields, tensors: Tensors, W_enc: Tensor) -> A
         return TopK(_k(fields, tensors))
     if kind == "AutoEncoderAdaptiveK":
         tensors.pop("threshold")
-        k_min, k_max, *others = tensors.take("_extra_state", len(_MAP), any_float=True).tolist()
-        score_to_k = dict(zip(_MAP, (int(k_min), int(k_max), *others), strict=True))
+        score_to_k = dict(zip(_MAP, tensors.take("_extra_state", len(_MAP), any_float=True).tolist(), strict=True))
+        for name in ("k_min", "k_max"):
+            score_to_k[name] = whole(f"{_WEIGHTS}: tensor _extra_state: {name}", score_to_k[name])
         config = SAEConfig(d_in, d_sae, **score_to_k, probe_reads="token")
         validate_sae(config)
         return AdaptiveK(probe_of(tensors.take("probe.weight", d_in), tensors.take("probe.bias"), config), config)
@@ -139,9 +143,8 @@ def _bare(tensors: Tensors) -> dict[str, Any]:
 def _k(fields: Fields, tensors: Tensors) -> int:
     """k of the settings, or the buffer's; UserError where both are there and differ."""
     buffer = tensors.pop("k")
-    k = fields.take("k", int, None if buffer is None else int(buffer))
-    if k is None:
-        raise UserError(f"{_CONFIG}: trainer: k: got none, needs int")
-    if buffer is not None:
-        agree(_CONFIG, "k", k, int(buffer))
-    return k
+    if buffer is None:
+        return fields.take("k", int)
+    in_buffer = whole(f"{_WEIGHTS}: tensor k", buffer)
+    agree(_CONFIG, "k", fields.take("k", int, in_buffer), in_buffer)
+    return in_buffer

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .folding import Needs
-from .reading import Fields, Tensors, agree
+from .reading import Fields, Tensors, agree, number
 from .stored import Activation, JumpReLU, ReLU, StoredSAE, TopK
 
 _CONFIG, _WEIGHTS = "config.json", "sae_weights.safetensors"
@@ -128,7 +128,7 @@ def _activation(fields: Fields, tensors: Tensors, d_sae: int) -> Activation:
     raise UserError(f"{_CONFIG}: act_fn: got {name}{reason}, needs topk, jumprelu or relu")
 
 
-def _normalisation(fields: Fields, hook_in: str, hook_out: str, average_norms: dict[str, Tensor]) -> dict[str, Any]:
+def _normalisation(fields: Fields, hook_in: str, hook_out: str, average_norms: dict[str, Any]) -> dict[str, Any]:
     kind = fields.take("norm_activation", str, "dataset-wise")
     if kind == "inference":
         return {}
@@ -138,10 +138,10 @@ def _normalisation(fields: Fields, hook_in: str, hook_out: str, average_norms: d
         root = math.sqrt(fields.take("d_model", int))
         scales = []
         for hook in (hook_in, hook_out):
-            norm = average_norms[hook]
-            if norm is None or not norm > 0:
+            norm = number(f"tensor {_AVERAGE_NORM}{hook}", average_norms[hook])
+            if norm <= 0:
                 raise UserError(f"tensor {_AVERAGE_NORM}{hook}: got {norm}, needs a number above 0 (dataset-wise)")
-            scales.append(root / float(norm))
+            scales.append(root / norm)
         return {"input_scale": scales[0], "output_scale": scales[1]}
     raise UserError(
         f"{_CONFIG}: norm_activation: got {kind}, whose factor is not the input's own, needs inference, dataset-wise, "

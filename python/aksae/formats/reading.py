@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,16 +30,19 @@ class Fields:
         return default if value is None else value
 
     def take(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """The value of `name`, of type `kind`; `default` where there is none or null, UserError without a default."""
+        """The value of `name`, of type `kind` and finite; `default` where there is none or null.
+
+        UserError for any other value, and where there is neither a value nor a default.
+        """
         value = self.get(name)
         if value is None:
             if default is _REQUIRED:
                 raise UserError(f"{self.file}: {name}: got none, needs {kind.__name__}")
             return default
-        if kind is float and type(value) is int:
-            value = float(value)
+        if kind is float:
+            return number(f"{self.file}: {name}", value)
         if type(value) is not kind:
-            raise UserError(f"{self.file}: {name}: got {value!r}, needs {kind.__name__}")
+            raise UserError(f"{self.file}: {name}: got {shown(value)}, needs {kind.__name__}")
         return value
 
     def inner(self, name: str) -> Fields:
@@ -57,6 +61,11 @@ class Tensors:
     def __init__(self, file: str, tensors: Any):
         if not isinstance(tensors, Mapping):
             raise UserError(f"{file}: got {type(tensors).__name__}, needs a dictionary of tensors")
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Tensor) and not _is_whole(tensor):
+                raise UserError(
+                    f"{file}: tensor {name}: got {shown(tensor)} without its entries, needs every one stored"
+                )
         self.file = file
         self._left = dict(tensors)
         self._dtype: torch.dtype | None = None
@@ -97,6 +106,37 @@ class Tensors:
         for name in self._left:
             if name not in ignored:
                 raise UserError(f"{self.file}: tensor {name}: got one, needs none: its meaning is not known here")
+
+
+def number(name: str, value: Any) -> float:
+    """The finite number that `value` is, or that it holds as a tensor without dimensions; UserError for any other."""
+    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex():
+        value = value.item()
+    # Larger ones are no float.
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise UserError(f"{name}: got {shown(value)}, needs a finite number")
+    return float(value)
+
+
+def whole(name: str, value: Any) -> int:
+    """The integer that `value` is or holds, as `number` reads it; UserError for any other."""
+    if not number(name, value).is_integer():
+        raise UserError(f"{name}: got {shown(value)}, needs an integer")
+    return int(value)
+
+
+def shown(value: Any) -> str:
+    """`value` in a message, on one line."""
+    if isinstance(value, Tensor) and value.ndim:
+        return f"a tensor of shape {list(value.shape)}"
+    return repr(value.item() if isinstance(value, Tensor) and not value.is_meta else value)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether memory holds each entry of `tensor`: neither on the meta device nor expanded from fewer."""
+    if tensor.layout != torch.strided:
+        return True
+    return not tensor.is_meta and tensor.untyped_storage().nbytes() >= tensor.nbytes
 
 
 def agree(file: str, name: str, got: int, needed: int) -> None:

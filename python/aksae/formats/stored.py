@@ -97,6 +97,8 @@ class Origin(NamedTuple):
     format: str
     files: Mapping[str, Any]
     """What each file holds, by its name within the folder; `""` for a format of one file."""
+    assumptions: Mapping[str, Any]
+    """What the caller of `load` said beside the files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +148,8 @@ class StoredSAE:
 
     def __post_init__(self):
         d_sae, d_in = self.W_enc.shape
+        if 0 in (d_sae, d_in):
+            raise UserError(f"W_enc: got {d_sae} latents of {d_in} inputs, needs at least one of each")
         if not self.transcoder and (self.W_dec.shape[1] != d_in or self.input_scale != self.output_scale):
             raise UserError(f"W_dec: got {self.W_dec.shape[1]} outputs, needs {d_in}, what an autoencoder reads")
         if isinstance(self.activation, TopK) and not 0 <= self.activation.k <= d_sae:

@@ -6,6 +6,7 @@ Tested with dictionary-learning 0.1.0.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from aksae_kernels import SparseCodes, sparse_decode, topk_encode, topk_select
 
 from ..config import SAEConfig, validate_sae
 from ..errors import UserError
+from ..files import read_pickle
 from ..k_policy import score_to_k
 from ..probe import ComplexityProbe
 from ..sae import AdaptiveKSAE
@@ -132,8 +134,14 @@ class AutoEncoderAdaptiveK(Dictionary, nn.Module):
     def from_pretrained(
         cls, path: str | os.PathLike[str], k: int | None = None, device: torch.device | str | None = None
     ) -> AutoEncoderAdaptiveK:
-        """The dictionary in `path`, an `ae.pt`. ValueError where `k` is given and is not the file's."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        """The dictionary in `path`, an `ae.pt`, in its dtype.
+
+        Raises UserError for a file that is no such dictionary's, ValueError where `k` is given and is not the file's.
+        """
+        state = read_pickle(Path(path))
+        for name in ("encoder.weight", "_extra_state"):
+            if not isinstance(state, dict) or not isinstance(state.get(name), Tensor):
+                raise UserError(f"{path}: tensor {name}: got none, needs what AutoEncoderAdaptiveK saves")
         d_sae, d_in = state["encoder.weight"].shape
         k_min, k_max, steepness, score_min, score_max = state["_extra_state"].tolist()
         if k is not None and k != k_max:
@@ -146,7 +154,7 @@ class AutoEncoderAdaptiveK(Dictionary, nn.Module):
             steepness=steepness,
             score_min=score_min,
             score_max=score_max,
-        )
+        ).to(state["encoder.weight"].dtype)
         ae.load_state_dict(state)
         return ae if device is None else ae.to(device)
 
@@ -192,15 +200,16 @@ class AutoEncoderAdaptiveK(Dictionary, nn.Module):
         self.probe.score_min, self.probe.score_max = self._map["score_min"], self._map["score_max"]
 
     def _set_map(self, k_min: int, k_max: int, steepness: float, score_min: float, score_max: float) -> None:
-        # Python numbers: reading them off the device in every call would wait for it.
-        self._map = {
+        score_to_k = {
             "k_min": k_min,
             "k_max": k_max,
             "steepness": steepness,
             "score_min": score_min,
             "score_max": score_max,
         }
-        validate_sae(SAEConfig(self.activation_dim, self.dict_size, **self._map))
+        validate_sae(SAEConfig(self.activation_dim, self.dict_size, **score_to_k))
+        # Python numbers: reading them off the device in every call would wait for it.
+        self._map = score_to_k
 
     def _tensors(self) -> dict[str, Tensor]:
         """The parameters under the names and in the shapes of `AdaptiveKSAE`."""

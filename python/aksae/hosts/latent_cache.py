@@ -6,6 +6,7 @@ Imports nothing of delphi; its loader of eai-delphi 0.1.3 reads the files.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +19,13 @@ from torch import Tensor
 from aksae_kernels import SparseCodes
 
 from ..errors import UserError
-from ..files import atomic_file, write_json
+from ..files import atomic_file, read_json, write_json
 
 # delphi leaves out what is closer to 0.
 _SMALLEST = 1e-5
+_SPLIT = re.compile(r"\d+_\d+\.safetensors")
+# What every delphi says of a cache, and no other file named config.json does.
+_OF_A_CACHE = {"cache_ctx_len", "n_tokens", "n_splits", "model_name"}
 
 
 class _Batch(NamedTuple):
@@ -48,7 +52,8 @@ class LatentCache:
         latents: for each hook point the latents to keep; None keeps all, here and for a hook point not named.
 
     Raises:
-        UserError: no encoder, or `d_sae` or `latents` of hook points that have none.
+        UserError: no encoder, a hook point whose folder would lie elsewhere, a `d_sae` that is no int from 1 up, or
+            `d_sae` or `latents` of hook points that have none.
     """
 
     def __init__(
@@ -61,10 +66,16 @@ class LatentCache:
         self.encoders = dict(encoders)
         if not self.encoders:
             raise UserError("encoders: got none, needs one for each hook point")
+        for name in self.encoders:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UserError(f"encoders: got the hook point {name!r}, needs a name that stays within a folder")
         self.d_sae = dict(d_sae) if isinstance(d_sae, Mapping) else dict.fromkeys(self.encoders, d_sae)
         self.latents = dict(latents or {})
         if self.d_sae.keys() != self.encoders.keys():
             raise UserError(f"d_sae: got {sorted(self.d_sae)}, needs the hook points {sorted(self.encoders)}")
+        for size in self.d_sae.values():
+            if type(size) is not int or size < 1:
+                raise UserError(f"d_sae: got {size!r}, needs an int from 1 up")
         if not self.latents.keys() <= self.encoders.keys():
             raise UserError(f"latents: got {sorted(self.latents)}, needs some of {sorted(self.encoders)}")
         self._batches: dict[str, list[_Batch]] = {name: [] for name in self.encoders}
@@ -91,7 +102,8 @@ class LatentCache:
         # Only now, so that a batch that failed has left nothing behind.
         for name, batch in batches.items():
             self._batches[name].append(batch)
-        self._tokens.append(tokens.cpu().numpy())
+        # The caller may fill the same tensor again.
+        self._tokens.append(tokens.cpu().numpy().copy())
 
     def save(
         self,
@@ -105,8 +117,8 @@ class LatentCache:
 
         A file holds the latents START to END (inclusive): `locations` `[n, 3]` (sequence, position, latent - START;
         uint16, or uint32 where one of them passes 65535), `activations` `[n]` fp16, infinite past 65504, and `tokens`
-        `[batch, seq]`. A range without activations has an empty file. Files of other ranges, left from an earlier
-        save, are removed.
+        `[batch, seq]`. A range without activations has an empty file. Files named START_END.safetensors of other
+        ranges, left from an earlier save, are removed; no other file is.
 
         Args:
             model_name: whose activations these are; delphi loads its tokenizer by it.
@@ -115,13 +127,16 @@ class LatentCache:
                 here (`batch_size`, `cache_ctx_len`, `n_tokens`, `n_splits`).
 
         Raises:
-            UserError: nothing was added, or `n_splits` is out of range.
+            UserError: nothing was added, `n_splits` is no int or out of range, or a `config.json` that is no cache's
+                stands where one is to be written.
             OSError: the disk refuses; each file is replaced as a whole or not at all.
         """
         if not self._tokens:
             raise UserError("save: got no batch, needs at least one added before")
-        if not 1 <= n_splits <= min(self.d_sae.values()):
-            raise UserError(f"n_splits: got {n_splits}, needs 1 to d_sae = {min(self.d_sae.values())}")
+        if type(n_splits) is not int or not 1 <= n_splits <= min(self.d_sae.values()):
+            raise UserError(f"n_splits: got {n_splits!r}, needs 1 to d_sae = {min(self.d_sae.values())}")
+        for name in self.encoders:
+            _refuse_others(Path(folder) / name / "config.json")
         tokens = np.concatenate(self._tokens)
         fields = {
             "dataset_repo": "",
@@ -191,6 +206,15 @@ def _write(folder: Path, batches: list[_Batch], tokens: np.ndarray, d_sae: int, 
         files.append(folder / f"{start}_{stop - 1}.safetensors")
         with atomic_file(files[-1]) as temporary:
             temporary.write_bytes(save(data))
-    for old in set(folder.glob("*_*.safetensors")).difference(files):
+    for old in set(folder.iterdir()).difference(files):
         # Another number of splits has other names, and the loader reads all that it finds.
-        old.unlink()
+        if _SPLIT.fullmatch(old.name):
+            old.unlink()
+
+
+def _refuse_others(config: Path) -> None:
+    """UserError where `config` is there and does not describe a cache: the folder is somebody else's."""
+    if config.exists():
+        found = read_json(config)
+        if not (isinstance(found, dict) and found.keys() >= _OF_A_CACHE):
+            raise UserError(f"{config}: got a file that is no cache's, needs a folder of the cache's own")
