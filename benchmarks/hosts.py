@@ -17,13 +17,14 @@ from torch import Tensor
 from aksae_kernels import integrations
 from aksae_kernels.integrations.adam import speed_up
 
+from .bare_overcomplete import make_importable
 from .phases import Span
 from .steps import LR, Step
 
 # sparsify reads it when it is imported: where Triton is installed and no GPU is, its decode fails without.
 if not torch.cuda.is_available():
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
-
+make_importable()
 
 _BANDWIDTH = 0.01
 """Of the estimator by which a JumpReLU learns its thresholds."""

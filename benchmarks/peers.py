@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 from . import hosts, machine, memory
-from .bare_overcomplete import make_importable
 from .case import OURS
 from .child import output_of
 from .phases import PHASES, timed
@@ -93,8 +92,6 @@ def absence(peer: Peer) -> str | None:
         version(peer.package)
     except PackageNotFoundError:
         return f"not installed: pip install {peer.package}, or make bench-peers for all of them"
-    if peer.package == "overcomplete":
-        make_importable()
     try:
         # Some greet on stdout, which is the table's.
         with contextlib.redirect_stdout(sys.stderr):
@@ -258,10 +255,8 @@ def weigh(peer: Peer, what: str, fast: bool, problem: Problem) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         _CALLS[what](build(peer, tiny, fast), tiny.x)
         host = build(peer, problem, fast)
-    x = problem.x
-    del problem
-    _CALLS[what](host, x)
-    return memory.peak_of(lambda: _CALLS[what](host, x), x.device)
+    _CALLS[what](host, problem.x)
+    return memory.peak_of(lambda: _CALLS[what](host, problem.x), problem.device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -287,7 +282,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peer = next((peer for peer in PEERS if peer.name == options.weigh[0]), None)
         if peer is None or options.weigh[1] not in _CALLS:
             parser.error(f"--weigh: got {options.weigh}, needs a peer's name, and one of {', '.join(_CALLS)}")
-        absence(peer)  # which makes importable what needs help
         print(json.dumps(weigh(peer, options.weigh[1], options.accelerated, problem)))
         return 0
 

@@ -157,11 +157,7 @@ class _SparseSAE(AcceleratedModule):
         # The gradient of b_dec by way of the bias, to which -W_enc^T b_dec adds: one matrix-vector product, where the
         # way through sae_in gathers the rows of W_enc for each row of the batch.
         zero = self.b_dec - self.b_dec.detach()
-        return sae_in.detach(), self.b_enc - F.linear(zero, self._rows_of_W_enc().detach())
-
-    def _rows_of_W_enc(self) -> Tensor:
-        """`[F, D]`."""
-        return self.W_enc.T
+        return sae_in.detach(), self.b_enc - F.linear(zero, self.W_enc.T.detach())
 
     def _is_rescaled(self) -> bool:
         return getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
@@ -228,7 +224,7 @@ class _TopKTrainingSAE(_TrainingSAE):
     def _decode_dead(self, encoded: _Encoded, dead: Tensor, k_aux: int) -> Tensor:
         """What each row's best `k_aux` dead latents decode to."""
         x, b_enc, norm = encoded.x, encoded.b_enc, encoded.norm
-        W_enc = self._rows_of_W_enc()
+        W_enc = self.W_enc.T
         if len(dead) <= k_aux:
             return F.linear(x, W_enc[dead], b_enc[dead]) @ self.W_dec[dead]
         with torch.no_grad():
@@ -244,7 +240,7 @@ class _TopKSelection:
     activation = TopK
 
     def _select(self, x: Tensor, b_enc: Tensor, norm: Tensor | None) -> SparseCodes:
-        return topk(x, self._rows_of_W_enc(), b_enc, self.activation_fn.k, None if norm is None else norm.detach())
+        return topk(x, self.W_enc.T, b_enc, self.activation_fn.k, None if norm is None else norm.detach())
 
 
 class FastTopKSAE(_TopKSelection, _SparseSAE, TopKSAE):
@@ -280,7 +276,7 @@ class FastBatchTopKTrainingSAE(_TopKTrainingSAE, BatchTopKTrainingSAE):
 
     def _select(self, x: Tensor, b_enc: Tensor, norm: Tensor | None) -> SparseCodes:
         budget = int(self.activation_fn.k * x.shape[:-1].numel())
-        return batch_topk(x, self._rows_of_W_enc(), b_enc, budget, None if norm is None else norm.detach())
+        return batch_topk(x, self.W_enc.T, b_enc, budget, None if norm is None else norm.detach())
 
 
 class FastJumpReLUSAE(_SparseSAE, JumpReLUSAE):
@@ -291,9 +287,9 @@ class FastJumpReLUSAE(_SparseSAE, JumpReLUSAE):
 
     def _select(self, x: Tensor, b_enc: Tensor, norm: Tensor | None) -> SparseCodes | None:
         threshold = self.threshold.detach()
-        if is_crowded(x, self._rows_of_W_enc(), b_enc, threshold):
+        if is_crowded(x, self.W_enc.T, b_enc, threshold):
             return None
-        return above(x, self._rows_of_W_enc(), b_enc, threshold)
+        return above(x, self.W_enc.T, b_enc, threshold)
 
 
 class FastJumpReLUTrainingSAE(_TrainingSAE, JumpReLUTrainingSAE):
@@ -325,7 +321,7 @@ class FastJumpReLUTrainingSAE(_TrainingSAE, JumpReLUTrainingSAE):
 
     def _select(self, x: Tensor, b_enc: Tensor, norm: Tensor | None) -> SparseCodes | None:
         """Pre-activations of what is above its threshold or near enough to teach it."""
-        W_enc = self._rows_of_W_enc()
+        W_enc = self.W_enc.T
         with torch.no_grad():
             # A little more than half a bandwidth: `_gate` says what is near.
             bias = b_enc - (self.threshold - 0.51 * self.bandwidth).to(b_enc.dtype)
@@ -366,7 +362,7 @@ class FastJumpReLUTrainingSAE(_TrainingSAE, JumpReLUTrainingSAE):
         dead = _dead(step_input)
         if dead is None:
             return encoded.x.new_zeros(())
-        pre_acts = F.linear(encoded.x, self._rows_of_W_enc()[dead], encoded.b_enc[dead])
+        pre_acts = F.linear(encoded.x, self.W_enc.T[dead], encoded.b_enc[dead])
         below = (self.threshold.to(pre_acts.dtype)[dead] - pre_acts).relu()
         return (below * torch.linalg.vector_norm(self.W_dec[dead], dim=-1)).sum(dim=-1).mean()
 

@@ -7,7 +7,7 @@ everything built on them know it. Tested with sae-lens 6.54.12.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from aksae_kernels import SparseCodes, decode_mse, sparse_decode, topk_encode, t
 from ..config import ProbeReads, validate_sae
 from ..config import SAEConfig as AdaptiveKConfig
 from ..errors import UserError
-from ..k_policy import score_to_k
+from ..k_policy import k_of_score
 from ..probe import ComplexityProbe
 from ..sae import AdaptiveKSAE
 from ._codes import decode_dense
@@ -55,17 +55,10 @@ class _KMapConfig:
 
     def adaptivek_config(self) -> AdaptiveKConfig:
         """The config of the `AdaptiveKSAE` with this shape and map."""
-        return AdaptiveKConfig(
-            self.d_in,
-            self.d_sae,
-            k_min=self.k_min,
-            k_max=self.k_max,
-            steepness=self.steepness,
-            score_min=self.score_min,
-            score_max=self.score_max,
-            probe_reads=self.probe_reads,
-            probe_lambda=self.probe_lambda,
-        )
+        return AdaptiveKConfig(self.d_in, self.d_sae, **{name: getattr(self, name) for name in _MAP_FIELDS})
+
+
+_MAP_FIELDS = tuple(field.name for field in fields(_KMapConfig))
 
 
 @dataclass(kw_only=True)
@@ -118,15 +111,7 @@ class _AdaptiveK:
     @torch.no_grad()
     def k_for(self, x: Tensor) -> Tensor:
         """k of each vector of `x [..., D]`, `[...]` int32."""
-        cfg = self.cfg
-        return score_to_k(
-            self.probe(x),
-            k_min=cfg.k_min,
-            k_max=cfg.k_max,
-            steepness=cfg.steepness,
-            score_min=cfg.score_min,
-            score_max=cfg.score_max,
-        )
+        return k_of_score(self.probe(x), self.cfg.adaptivek_config())
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents of `x [..., D]`, dense `[..., F]`: per row the k largest positive pre-activations."""
@@ -189,7 +174,7 @@ class _AdaptiveK:
                 dtype=dtype_to_str(sae.W_enc.dtype),
                 device=str(sae.W_enc.device),
                 metadata=metadata or SAEMetadata(),
-                **{name: getattr(config, name) for name in _KMapConfig.__dataclass_fields__},
+                **{name: getattr(config, name) for name in _MAP_FIELDS},
             )
         )
         own.W_enc.copy_(sae.W_enc.T)
