@@ -1,9 +1,10 @@
 """Builds the C++ and CUDA kernels where it can, and says what it decided and why.
 
-Without torch or a C++ compiler the package installs all the same and runs on its PyTorch reference. The CUDA kernels
-are built where there are nvcc and a torch made with CUDA, whether or not a GPU is in sight; AKSAE_SKIP_CUDA_BUILD=1
-leaves them out. The reasons are kept in `aksae_kernels/_build_report.json`, from where `aksae_kernels.explain` tells
-them.
+The kernels are built against the torch they will run with, so a build that sees none, as an isolated one, ends with one
+line that says what to do. Without a C++ compiler the package installs all the same and runs on its PyTorch reference.
+The CUDA kernels are built where there are nvcc and a torch made with CUDA, whether or not a GPU is in sight;
+AKSAE_SKIP_CUDA_BUILD=1 leaves them out. The reasons are kept in `aksae_kernels/_build_report.json`, from where
+`aksae_kernels.explain` tells them.
 """
 
 import json
@@ -41,6 +42,7 @@ class BuildKernels(build_ext):
     """Builds what can be built; a failure is reported and kept, and does not stop the installation."""
 
     def run(self):
+        require_torch()
         self.report = {}
         super().run()
         target = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
@@ -90,12 +92,21 @@ class BuildKernels(build_ext):
         return os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
 
 
+def require_torch():
+    """End the build with one line where torch cannot be imported: it would leave all kernels out and look well."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(
+            f"aksae: the kernels are built against the torch they run with, and none can be imported here ({error}): "
+            "install torch first, then run pip install --no-build-isolation"
+        ) from None
+
+
 def use_stable_torch(ext):
     """Compile against the stable ABI of torch 2.11: one binary serves every later torch and Python."""
-    try:
-        from torch.utils.cpp_extension import include_paths, library_paths
-    except ImportError as error:
-        raise RuntimeError(f"torch cannot be imported ({error}): install it first, use --no-build-isolation") from error
+    from torch.utils.cpp_extension import include_paths, library_paths
+
     ext.include_dirs += include_paths()
     ext.library_dirs += library_paths()
     ext.libraries += ["torch_cpu", "c10"]

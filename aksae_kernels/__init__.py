@@ -16,6 +16,8 @@ from .ops import (
     topk_select,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "SparseCodes",
     "available_backends",

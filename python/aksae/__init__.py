@@ -3,10 +3,18 @@
 `train(TrainConfig(...))` does a whole run; `AdaptiveKSAE` is the model alone.
 """
 
-from .config import LabelConfig, ModelConfig, SAEConfig, TextConfig, TrainConfig
-from .errors import UserError
-from .sae import AdaptiveKSAE
-from .train import TrainResult, train
+from .errors import UserError, missing_module
+
+try:
+    import numpy  # noqa: F401 - first: where it is missing torch warns, before our line could say so
+
+    from aksae_kernels import __version__
+
+    from .config import LabelConfig, ModelConfig, SAEConfig, TextConfig, TrainConfig
+    from .sae import AdaptiveKSAE
+    from .train import TrainResult, train
+except ModuleNotFoundError as error:
+    raise missing_module(error) from None
 
 __all__ = [
     "AdaptiveKSAE",
@@ -17,5 +25,6 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "UserError",
+    "__version__",
     "train",
 ]

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
 from .config import LabelConfig, ModelConfig, ProbeReads, TextConfig, TrainConfig, cache_folder, validate_inputs
-from .errors import UserError
+from .errors import UserError, missing_module
 from .formats import Format
+
+try:
+    import tyro
+except ModuleNotFoundError as error:
+    raise missing_module(error) from None
 
 _COLUMNS = {
     "fvu": "FVU",
@@ -60,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         reason = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno)
         return _failed(2, f"{error.filename or 'output'}: {reason}; files written before stay valid")
+    except ModuleNotFoundError as error:
+        # One that is imported where it is used; SystemExit, since this is the command.
+        raise missing_module(error) from None
     except KeyboardInterrupt:
         return _failed(130, "interrupted; the last checkpoint stays valid")
     return 0
