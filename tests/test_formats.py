@@ -841,6 +841,8 @@ def test_the_reshaping_of_hook_z_is_left_to_the_caller(tmp_path):
     notes = formats.save(sae, tmp_path / "c", "dictionary_learning")
     assert notes[0] == f"reshaping {hook} from [..., heads, d_head] to one vector is left to the caller"
     assert "left to the caller" not in "".join(formats.save(formats.load(tmp_path / "c"), tmp_path / "d", "sae_lens"))
+    # SAELens does it if its settings say so; for files of its version 6 the hook's name alone does not.
+    assert json.loads((tmp_path / "d" / "cfg.json").read_text())["reshape_activations"] == "hook_z"
 
 
 @pytest.mark.parametrize("k", [None, K])

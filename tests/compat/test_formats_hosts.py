@@ -211,6 +211,13 @@ def test_sae_lens_own_loader_fails_on_a_sparsify_file_and_the_converted_one_load
     close(model(X), output)
 
 
+def test_sae_lens_reshapes_what_reads_heads(sae_lens, tmp_path):
+    sae = written(tmp_path, "jumprelu", hook_name="blocks.3.attn.hook_z")
+    formats.save(sae, tmp_path / "a", "sae_lens")
+    heads = X.reshape(60, 3, D_IN // 3)
+    close(sae_lens.SAE.load_from_disk(tmp_path / "a")(heads).reshape(60, D_IN), sae(X))
+
+
 def adaptive() -> AdaptiveKSAE:
     model = AdaptiveKSAE(SAEConfig(D_IN, D_SAE, k_min=1, k_max=20, steepness=4.0, score_max=8.0, probe_reads="token"))
     randomised(model).probe.bias.data.fill_(4)

@@ -96,7 +96,7 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
         "device": "cpu",
         "apply_b_dec_to_input": sae.subtract_b_dec,
         "normalize_activations": sae.input_norm,
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if (sae.hook_name or "").endswith("hook_z") else "none",
         "metadata": metadata | {name: value for name, value in about.items() if value is not None},
     }
     if sae.transcoder:
