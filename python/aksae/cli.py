@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from .config import LabelConfig, ModelConfig, ProbeReads, TextConfig, TrainConfig, cache_folder, validate_inputs
 from .errors import UserError, missing_module
-from .formats import Format
+from .formats import Format, WrittenFormat
 
 try:
     import tyro
@@ -145,28 +145,35 @@ def report(run: tyro.conf.Positional[Path]) -> None:
 
 
 def convert(
-    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")],
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")],
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")],
-    to: Format,
+    to: WrittenFormat,
     source_format: Annotated[Format | None, tyro.conf.arg(name="from")] = None,
     overwrite: bool = False,
     steepness: float | None = None,
     score_min: float | None = None,
     score_max: float | None = None,
     probe_reads: ProbeReads | None = None,
+    dict_class: str | None = None,
+    k: int | None = None,
+    transcoder: bool | None = None,
 ) -> None:
     """Convert the files of an SAE to another project's format, or refuse with the reason.
 
     Args:
-        source: what the other project would be given: a folder, or the file of a format of one file.
+        source: what the other project would be given: a folder, the file of a format of one file, or on the Hugging
+            Face hub owner/name[@revision][/folder or file].
         target: the folder or file to write.
         to: format to write.
-        source_format: format of SRC; None where the names of its files tell.
+        source_format: format of SRC; None where the names of its files or tensors tell.
         overwrite: write even where DST is there.
         steepness: slope of the score-to-k map, which adaptivek files do not hold; None for 6.
         score_min: lowest score of that map; None for 0.
         score_max: highest score of that map; None for 10.
         probe_reads: what the probe of adaptivek files was fitted to read; None for last.
+        dict_class: class of a dictionary_learning ae.pt without its config.json; None where the tensors tell.
+        k: latents of a vector that such a file keeps, where it is TopK; None where the tensors tell.
+        transcoder: whether gemma_scope files are a transcoder's; None where names tell, else False.
     """
     from .formats import convert
 
@@ -181,6 +188,9 @@ def convert(
             score_min=score_min,
             score_max=score_max,
             probe_reads=probe_reads,
+            dict_class=dict_class,
+            k=k,
+            transcoder=transcoder,
         )
     except FileNotFoundError as error:
         # The target's: a source that is not there is a UserError.

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from aksae import AdaptiveKSAE, SAEConfig, formats
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 D_IN, D_OUT, D_SAE, K = 12, 9, 48, 5
@@ -240,6 +242,120 @@ def test_adaptivek_goes_to_sae_lens_and_back(sae_lens, tmp_path):
     assert torch.equal(back(X), model(X))
 
 
+# ------------------------------------------------------------------------------------- files SAELens loads, too
+
+
+@pytest.fixture
+def loaders(sae_lens, tmp_path, monkeypatch) -> ModuleType:
+    """SAELens' loaders of other projects' files, with `tmp_path` in the hub's place."""
+    from sae_lens.loading import pretrained_sae_loaders
+
+    def download(repo_id: str, filename: str, subfolder: str = "", **options: Any) -> str:
+        return str(tmp_path / repo_id / subfolder / filename)
+
+    def shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
+        return {name: list(tensor.shape) for name, tensor in load_file(tmp_path / repo_id / filename).items()}
+
+    monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", download)
+    monkeypatch.setattr(pretrained_sae_loaders, "get_safetensors_tensor_shapes", shapes)
+    return pretrained_sae_loaders
+
+
+def of_sae_lens(sae_lens: ModuleType, kind: str, config: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    """The SAE that `SAE.from_pretrained` makes of what a loader returns."""
+    settings = {"d_in": D_IN, "d_sae": D_SAE, "apply_b_dec_to_input": config.get("apply_b_dec_to_input", False)}
+    settings |= {"d_out": config["d_out"]} if "d_out" in config else {}
+    model = getattr(sae_lens, kind)(getattr(sae_lens, f"{kind}Config")(**settings))
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    return model
+
+
+def gemma_scope_arrays(W: str) -> dict[str, Tensor]:
+    tensors = {f"{W}_enc": randn(D_IN, D_SAE, seed=1), f"{W}_dec": randn(D_SAE, D_IN, seed=2)}
+    return tensors | {
+        "b_enc": randn(D_SAE, seed=3),
+        "b_dec": randn(D_IN, seed=4),
+        "threshold": randn(D_SAE, seed=5).abs(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("repository", "loader", "kind"),
+    [
+        ("google/gemma-scope-2b-pt-res", "gemma_2_sae_huggingface_loader", "JumpReLUSAE"),
+        ("google/gemma-scope-2b-pt-transcoders", "gemma_2_transcoder_huggingface_loader", "JumpReLUTranscoder"),
+    ],
+)
+def test_gemma_scope_is_read_as_sae_lens_reads_it(sae_lens, loaders, tmp_path, repository, loader, kind):
+    inner = "layer_12/width_16k/average_l0_82"
+    folder = tmp_path / repository / inner
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in gemma_scope_arrays("W").items()})
+    config, state, _ = getattr(loaders, loader)(repository, inner)
+    config |= {"d_out": D_IN} if "d_out" in config else {}
+    model = of_sae_lens(sae_lens, kind, config, state)
+    sae = formats.load(folder)
+    same(sae, model.encode(X), model(X))
+    assert sae.transcoder == ("transcoder" in config["architecture"])
+    assert sae.model_name == config["model_name"]
+    assert sae.hook_name in (config["hook_name"], None)
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["SAE", "skip transcoder"])
+def test_gemma_scope_2_is_read_as_sae_lens_reads_it(sae_lens, loaders, tmp_path, affine):
+    inner = "transcoder_all/layer_5_width_16k_l0_big_affine" if affine else "resid_post_all/layer_5_width_16k_l0_big"
+    folder = tmp_path / "google/gemma-scope-2-1b-pt" / inner
+    folder.mkdir(parents=True)
+    tensors = gemma_scope_arrays("w") | ({"affine_skip_connection": randn(D_IN, D_IN, seed=6)} if affine else {})
+    save_file(tensors, folder / "params.safetensors")
+    settings = {"architecture": "jump_relu", "model_name": "google/gemma-3-1b-pt", "affine_connection": affine}
+    settings |= {"type": "transcoder" if affine else "sae", "hf_hook_point_in": "model.layers.5.output"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    config, state, _ = loaders.gemma_3_sae_huggingface_loader("google/gemma-scope-2-1b-pt", inner)
+    model = of_sae_lens(sae_lens, "JumpReLUSkipTranscoder" if affine else "JumpReLUSAE", config, state)
+    sae = formats.load(folder)
+    same(sae, model.encode(X), model(X))
+    assert sae.transcoder == affine
+
+
+def test_llama_scope_is_read_as_sae_lens_reads_it(sae_lens, loaders, tmp_path):
+    """SAELens takes the decoder's rows for unit vectors, which makes the latents alike."""
+    inner = "Llama3_1-8B-Base-L15R-8x"
+    folder = tmp_path / "fnlp/Llama3_1-8B-Base-LXR-8x" / inner
+    (folder / "checkpoints").mkdir(parents=True)
+    tensors = {
+        "encoder.weight": randn(D_SAE, D_IN, seed=1),
+        "encoder.bias": randn(D_SAE, seed=2),
+        "decoder.weight": torch.nn.functional.normalize(randn(D_IN, D_SAE, seed=3), dim=0).contiguous(),
+        "decoder.bias": randn(D_IN, seed=4),
+    }
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "checkpoints" / "final.safetensors")
+    settings = {
+        "d_model": D_IN,
+        "d_sae": D_SAE,
+        "hook_point_in": HOOK,
+        "hook_point_out": HOOK,
+        "act_fn": "jumprelu",
+        "jump_relu_threshold": 0.5,
+        "norm_activation": "dataset-wise",
+        "dataset_average_activation_norm": {"in": 4.0, "out": 4.0},
+        "apply_decoder_bias_to_pre_encoder": False,
+    }
+    (folder / "hyperparams.json").write_text(json.dumps(settings))
+    config, state, _ = loaders.llama_scope_sae_huggingface_loader("fnlp/Llama3_1-8B-Base-LXR-8x", inner)
+    scale = math.sqrt(D_IN) / 4
+    # Where the reconstruction is compared, their threshold is not to be rounded to bfloat16 first.
+    state["threshold"] = torch.full((D_SAE,), 0.5 * scale)
+    model = of_sae_lens(sae_lens, "JumpReLUSAE", config, state)
+    model.fold_activation_norm_scaling_factor(scale)
+    sae = formats.load(folder).to(torch.float32)
+    theirs, ours = model.encode(X), sae.encode(X).to_dense(D_SAE)
+    # Theirs are larger by the scale; bfloat16 rows are unit vectors but for their rounding.
+    torch.testing.assert_close(ours * scale, theirs, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(sae(X), model(X).detach(), rtol=0.05, atol=0.05)
+
+
 # ------------------------------------------------------------------------------------------ dictionary_learning
 
 
@@ -270,6 +386,26 @@ def test_dictionary_learning_matryoshka_files_are_read(dictionary_learning, tmp_
     trainer = {"dict_class": "MatryoshkaBatchTopKSAE", "activation_dim": D_IN, "dict_size": D_SAE, "k": K}
     (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
     same(formats.load(tmp_path), model.encode(X), model(X))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("AutoEncoder", {}),
+        ("AutoEncoderNew", {}),
+        ("JumpReluAutoEncoder", {}),
+        ("AutoEncoderTopK", {"dict_class": "AutoEncoderTopK"}),
+        ("BatchTopKSAE", {"dict_class": "BatchTopKSAE"}),
+    ],
+)
+def test_a_dictionary_of_a_compiled_module_without_its_settings(dictionary_learning, tmp_path, kind, given):
+    k = (K,) if "TopK" in kind else ()
+    model = randomised(getattr(dictionary_learning, kind)(D_IN, D_SAE, *k))
+    if kind == "BatchTopKSAE":
+        model.threshold.fill_(1.5)
+    compiled = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save(compiled, tmp_path / "ae_1000.pt")
+    same(formats.load(tmp_path / "ae_1000.pt", **given), model.encode(X), model(X))
 
 
 @pytest.mark.parametrize(

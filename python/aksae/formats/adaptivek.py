@@ -6,27 +6,19 @@ scores nor the slope of the map nor the ridge penalty; the authors' code knows b
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ..config import ProbeReads, SAEConfig, validate_sae
 from ..errors import UserError
 from .folding import Needs, left_out
 from .native import probe_of
-from .reading import Fields, Tensors, agree
+from .reading import Fields, Tensors, agree, assumed
 from .stored import AdaptiveK, StoredSAE
 
 _WEIGHTS, _PROBE, _CONFIG = "ae.pt", "probe.pt", "dynamic_config.json"
 _MAP = {"steepness": 6.0, "score_min": 0.0, "score_max": 10.0}
 _ASSUMED = {**_MAP, "probe_reads": "last"}
-
-
-def names(path: Path) -> tuple[str, ...]:
-    return _CONFIG, _PROBE, _WEIGHTS
-
-
-def recognises(path: Path) -> bool:
-    return (path / _WEIGHTS).is_file() and (path / _CONFIG).is_file()
+OPEN = (*_ASSUMED, "probe_lambda")
 
 
 def unpack(
@@ -40,7 +32,7 @@ def unpack(
 ) -> StoredSAE:
     """The arguments are what the files leave open, named as in `SAEConfig`; None stands for the authors' values."""
     given = {"steepness": steepness, "score_min": score_min, "score_max": score_max, "probe_reads": probe_reads}
-    assumed = {name: value for name, value in _ASSUMED.items() if given[name] is None}
+    taken = {name: value for name, value in _ASSUMED.items() if given[name] is None}
     tensors = Tensors(_WEIGHTS, files[_WEIGHTS])
     W_enc = tensors.take("encoder.weight", None, None)
     d_sae, d_in = W_enc.shape
@@ -61,7 +53,7 @@ def unpack(
         d_sae,
         k_min=fields.take("min_k", int),
         k_max=fields.take("max_k", int),
-        **{**given, **assumed},
+        **{**given, **taken},
         probe_lambda=probe_lambda,
     )
     validate_sae(config)
@@ -70,7 +62,7 @@ def unpack(
         **weights,
         activation=AdaptiveK(probe_of(weight, bias, config), config),
         subtract_b_dec=True,
-        notes=(_note(assumed),) if assumed else (),
+        notes=(assumed(taken),) if taken else (),
     )
 
 
@@ -102,11 +94,3 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
             "decoder.weight": sae.W_dec.T,
         },
     }
-
-
-def _note(assumed: dict[str, Any]) -> str:
-    values = ", ".join(
-        f"{name} = {value:g}" if name in _MAP else f"{name} = {value}" for name, value in assumed.items()
-    )
-    flags = ", ".join(f"--{name.replace('_', '-')}" for name in assumed)
-    return f"assumed, since the files do not say: {values} (other values: {flags})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
@@ -12,21 +11,6 @@ from .stored import JumpReLU, ReLU, StoredSAE
 
 SUFFIX = ".safetensors"
 _THRESHOLD = "activation_function.threshold"
-_CROSS_LAYER = "W_enc_0"
-
-
-def names(path: Path) -> tuple[str, ...]:
-    if not path.is_dir():
-        return ("",)
-    if (path / (_CROSS_LAYER + SUFFIX)).is_file():
-        return (_CROSS_LAYER + SUFFIX,)
-    raise UserError(f"{path}: got a folder, needs the file of one layer, such as layer_0{SUFFIX}")
-
-
-def recognises(path: Path) -> bool:
-    if path.is_file():
-        return path.suffix == SUFFIX
-    return (path / (_CROSS_LAYER + SUFFIX)).is_file() or any(path.glob(f"layer_*{SUFFIX}"))
 
 
 def unpack(files: dict[str, Any]) -> StoredSAE:

@@ -1,12 +1,12 @@
 """`ae.pt` and `config.json`, whose `dict_class` says what the tensors are called.
 
-The class `AutoEncoderAdaptiveK` is that of `aksae.hosts.dictionary_learning`: its own `from_pretrained` reads it, the
-host's `load_dictionary` does not.
+Without `config.json` the names of the tensors tell the class, but for two that differ in nothing else than what they
+keep. The class `AutoEncoderAdaptiveK` is that of `aksae.hosts.dictionary_learning`: its own `from_pretrained` reads it,
+the host's `load_dictionary` does not.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,31 +19,37 @@ from .native import probe_of, probe_tensors
 from .reading import Fields, Tensors, agree, whole
 from .stored import Activation, AdaptiveK, JumpReLU, ReLU, StoredSAE, TopK
 
+OPEN = ("dict_class", "k")
 _CONFIG, _WEIGHTS = "config.json", "ae.pt"
 # Classes of one nn.Linear each way, and those of bare matrices.
 _LINEAR = ("AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK", "BatchTopKSAE", "AutoEncoderAdaptiveK")
 _BARE = ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE")
+# By a tensor that no other class has, but for those before it here.
+_TOLD_BY = {
+    "gate_bias": "GatedAutoEncoder",
+    "probe.weight": "AutoEncoderAdaptiveK",
+    "bias": "AutoEncoder",
+    "decoder.bias": "AutoEncoderNew",
+    "group_sizes": "MatryoshkaBatchTopKSAE",
+    "W_enc": "JumpReluAutoEncoder",
+}
 # Of AutoEncoderAdaptiveK, in the order of its extra state.
 _MAP = ("k_min", "k_max", "steepness", "score_min", "score_max")
 
 
-def names(path: Path) -> tuple[str, ...]:
-    return _CONFIG, _WEIGHTS
-
-
-def recognises(path: Path) -> bool:
-    # The AdaptiveK authors' folders have these two as well.
-    return all((path / name).is_file() for name in names(path)) and not (path / "dynamic_config.json").is_file()
-
-
-def unpack(files: dict[str, Any]) -> StoredSAE:
-    fields = Fields(_CONFIG, files[_CONFIG]).inner("trainer")
+def unpack(files: dict[str, Any], *, dict_class: str | None = None, k: int | None = None) -> StoredSAE:
+    """The arguments are what `config.json` says where it is there."""
+    tensors = Tensors(_WEIGHTS, files[_WEIGHTS])
+    if _CONFIG in files:
+        fields = Fields(_CONFIG, files[_CONFIG]).inner("trainer").filled(dict_class=dict_class, k=k)
+    else:
+        told = dict_class or _class_of(tensors)
+        fields = Fields(f"instead of {_CONFIG} (--dict-class, --k)", {}).filled(dict_class=told, k=k)
     kind = fields.take("dict_class", str)
     if kind == "GatedAutoEncoder":
-        raise UserError(f"{_CONFIG}: dict_class: got {kind}, whose gate is a second encoder, needs one encoder")
+        raise UserError(f"{fields.file}: dict_class: got {kind}, whose gate is a second encoder, needs one encoder")
     if kind not in _LINEAR + _BARE:
-        raise UserError(f"{_CONFIG}: dict_class: got {kind}, needs one of {', '.join(_LINEAR + _BARE)}")
-    tensors = Tensors(_WEIGHTS, files[_WEIGHTS])
+        raise UserError(f"{fields.file}: dict_class: got {kind}, needs one of {', '.join(_LINEAR + _BARE)}")
     if kind == "AutoEncoderTopK" and "_extra_state" in tensors and "probe.weight" in tensors:
         # TopKTrainer names this class in its settings whatever its `dict_class` is.
         kind = "AutoEncoderAdaptiveK"
@@ -92,6 +98,20 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
     about = {"lm_name": sae.model_name, "submodule_name": sae.hook_name}
     trainer = {"dict_class": kind, **config, **about}
     return {_CONFIG: {"trainer": trainer, "buffer": {}}, _WEIGHTS: tensors}
+
+
+def _class_of(tensors: Tensors) -> str:
+    """The class that has these tensors. UserError where that could be two."""
+    for name, kind in _TOLD_BY.items():
+        if name in tensors:
+            return kind
+    if "threshold" in tensors:
+        raise UserError(
+            f"{_WEIGHTS}: got the tensors of AutoEncoderTopK, which keeps the k largest scores of a row, and of "
+            f"BatchTopKSAE, which keeps those above its threshold, needs {_CONFIG} beside it, or dict_class "
+            "(--dict-class)"
+        )
+    return "AutoEncoderTopK"
 
 
 def _activation(kind: str, fields: Fields, tensors: Tensors, W_enc: Tensor) -> Activation:

@@ -1,12 +1,12 @@
 """Llamascopium (Language-Model-SAEs): `config.json` and `sae_weights.safetensors`, or others of its names for it.
 
-Its SAE is given normalised activations; here normalising and undoing it are parts of the SAE.
+Its SAE is given normalised activations; here normalising and undoing it are parts of the SAE. Until the middle of 2025
+its tensors were those of `nn.Linear`, as in Llama-Scope-R1-Distill. Older files still are `llama_scope`'s.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,36 +18,27 @@ from .reading import Fields, Tensors, agree, number
 from .stored import Activation, JumpReLU, ReLU, StoredSAE, TopK
 
 _CONFIG, _WEIGHTS = "config.json", "sae_weights.safetensors"
-_STEMS = ("sae_weights", "checkpoints/pruned", "checkpoints/final")
-_SHARDED = ".dcp"
 _LOG_THRESHOLD = "activation_function.log_jumprelu_threshold"
 _AVERAGE_NORM = "dataset_average_activation_norm."
 _ACT_FN = {TopK: "topk", JumpReLU: "jumprelu", ReLU: "relu"}
-
-
-def names(path: Path) -> tuple[str, ...]:
-    weights = _weights(path) or _WEIGHTS
-    if weights.endswith(_SHARDED):
-        raise UserError(f"{path / weights}: got a distributed checkpoint, needs one file, such as {_WEIGHTS}")
-    return _CONFIG, weights
-
-
-def recognises(path: Path) -> bool:
-    return (path / _CONFIG).is_file() and _weights(path) is not None
 
 
 def unpack(files: dict[str, Any]) -> StoredSAE:
     fields = Fields(_CONFIG, files[_CONFIG])
     fields.expect("sae_type", str, "sae", "only the plain SAE has one encoder and one decoder")
     fields.expect("use_glu_encoder", bool, False, "its gate is a second encoder")
-    tensors = _tensors(files)
+    tensors = weights_of(files, _CONFIG)
     d_in = fields.take("d_model", int)
-    W_enc = tensors.take("W_E", d_in, None).T
+    linear = "encoder.weight" in tensors
+    W_enc = tensors.take("encoder.weight", None, d_in) if linear else tensors.take("W_E", d_in, None).T
     d_sae = len(W_enc)
     agree(_CONFIG, "expansion_factor", int(d_in * fields.take("expansion_factor", float)), d_sae)
     hook_in, hook_out = (fields.take(f"hook_point_{way}", str) for way in ("in", "out"))
-    weights = {"b_enc": tensors.take("b_E", d_sae), "W_dec": tensors.take("W_D", d_sae, d_in)}
-    activation = _activation(fields, tensors, d_sae)
+    weights = {
+        "b_enc": tensors.take("encoder.bias" if linear else "b_E", d_sae),
+        "W_dec": tensors.take("decoder.weight", d_in, d_sae).T if linear else tensors.take("W_D", d_sae, d_in),
+    }
+    activation = _activation(fields, tensors, d_sae, "log_jumprelu_threshold" if linear else _LOG_THRESHOLD)
     # Scaled by a norm or not, a score is positive.
     scaled = fields.take("sparsity_include_decoder_norm", bool, True) and not isinstance(activation, ReLU)
     has_bias = fields.take("use_decoder_bias", bool, True)
@@ -55,9 +46,9 @@ def unpack(files: dict[str, Any]) -> StoredSAE:
     sae = StoredSAE(
         W_enc,
         **weights,
-        b_dec=tensors.take("b_D", d_in) if has_bias else W_enc.new_zeros(d_in),
+        b_dec=tensors.take("decoder.bias" if linear else "b_D", d_in) if has_bias else W_enc.new_zeros(d_in),
         activation=activation,
-        subtract_b_dec=False,
+        subtract_b_dec=has_bias and fields.take("apply_decoder_bias_to_pre_encoder", bool, False),
         decoder_norm="selection" if scaled else "none",
         transcoder=hook_in != hook_out,
         **_normalisation(fields, hook_in, hook_out, average_norms),
@@ -104,24 +95,19 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
     return {_CONFIG: config, _WEIGHTS: tensors}
 
 
-def _weights(path: Path) -> str | None:
-    """The name of the weights, in the order in which the host looks for them."""
-    candidates = [stem + suffix for stem in _STEMS for suffix in (".safetensors", ".pt", _SHARDED)]
-    return next((name for name in candidates if (path / name).exists()), None)
-
-
-def _tensors(files: dict[str, Any]) -> Tensors:
-    (name,) = files.keys() - {_CONFIG}
+def weights_of(files: dict[str, Any], config: str) -> Tensors:
+    """The tensors of the one file beside `config`."""
+    (name,) = files.keys() - {config}
     # A pickle has the tensors beside the version.
     return Tensors(name, Tensors(name, files[name]).pop("sae") if name.endswith(".pt") else files[name])
 
 
-def _activation(fields: Fields, tensors: Tensors, d_sae: int) -> Activation:
+def _activation(fields: Fields, tensors: Tensors, d_sae: int, log_threshold: str) -> Activation:
     name = fields.take("act_fn", str, "relu").lower()
     if name == "topk":
         return TopK(fields.take("top_k", int, 50))
     if name == "jumprelu":
-        return JumpReLU(tensors.take(_LOG_THRESHOLD, d_sae, any_float=True).exp())
+        return JumpReLU(tensors.take(log_threshold, d_sae, any_float=True).exp())
     if name == "relu":
         return ReLU()
     reason = "; what it keeps of a row depends on the batch" if name == "batchtopk" else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,14 +12,6 @@ from ..probe import ComplexityProbe
 from .folding import Needs, exactly
 from .reading import Tensors
 from .stored import AdaptiveK, StoredSAE, TopK
-
-
-def names(path: Path) -> tuple[str, ...]:
-    return CONFIG, WEIGHTS
-
-
-def recognises(path: Path) -> bool:
-    return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
 
 
 def unpack(files: dict[str, Any]) -> StoredSAE:

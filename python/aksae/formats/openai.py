@@ -5,7 +5,6 @@ There a TopK SAE always normalises its input, and no other does.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +16,6 @@ from .stored import ReLU, StoredSAE, TopK
 
 SUFFIX = ".pt"
 _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
-
-
-def names(path: Path) -> tuple[str, ...]:
-    return ("",)
-
-
-def recognises(path: Path) -> bool:
-    return path.is_file() and path.suffix == SUFFIX
 
 
 def unpack(files: dict[str, Any]) -> StoredSAE:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from ..errors import UserError
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _REQUIRED = object()
+# What DistributedDataParallel and DataParallel, torch.compile, FSDP and activation checkpointing put into names.
+_WRAPPERS = re.compile(r"^module\.|(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 class Fields:
@@ -48,6 +52,14 @@ class Fields:
     def inner(self, name: str) -> Fields:
         """The object under `name`; an empty one where there is none."""
         return Fields(f"{self.file}: {name}", self._values.get(name) or {})
+
+    def filled(self, **given: Any) -> Fields:
+        """These settings with `given`, of which None counts for nothing; UserError where both say, and differ."""
+        given = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            if self.get(name, value) != value:
+                raise UserError(f"{name}: got {value!r}, needs {self.get(name)!r}, what {self.file} says")
+        return Fields(self.file, {**self._values, **given})
 
     def expect(self, name: str, kind: type, wanted: Any, reason: str) -> None:
         """UserError with `reason` where `name` is there and not `wanted`."""
@@ -87,6 +99,11 @@ class Tensors:
         if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
             got = f"{tensor.dtype} in layout {tensor.layout}"
             raise UserError(f"{self.file}: tensor {name}: got {got}, needs a floating dtype, dense")
+        if tensor.isnan().any():
+            raise UserError(
+                f"{self.file}: tensor {name}: got NaN in {int(tensor.isnan().sum())} of {tensor.numel()} entries, "
+                "needs numbers: the training diverged, or the file is damaged"
+            )
         if not any_float:
             self._dtype = self._dtype or tensor.dtype
             if tensor.dtype != self._dtype:
@@ -106,6 +123,40 @@ class Tensors:
         for name in self._left:
             if name not in ignored:
                 raise UserError(f"{self.file}: tensor {name}: got one, needs none: its meaning is not known here")
+
+
+def unwrapped(file: str, content: Any) -> Any:
+    """`content` with the names that its tensors have in the module itself, outside what wraps it.
+
+    UserError where two names become one.
+    """
+    if not isinstance(content, Mapping):
+        return content
+    bare: dict[Any, Any] = {}
+    for name, value in content.items():
+        short = name
+        while isinstance(short, str) and _WRAPPERS.search(short):
+            short = _WRAPPERS.sub("", short)
+        if short in bare:
+            raise UserError(f"{file}: tensor {name}: got {short} a second time, needs it once")
+        bare[short] = unwrapped(file, value)
+    return bare
+
+
+def read_arrays(path: Path) -> dict[str, Tensor]:
+    """The arrays of an `.npz` file as tensors, never code. Raises UserError for a file that is no such."""
+    import numpy as np
+
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: got no such file, needs one of numpy.savez") from error
+    # What NumPy and zipfile raise over bytes that are no archive of arrays is anything.
+    except Exception as error:
+        raise UserError(
+            f"{path}: got a file that numpy cannot read as numbers ({error}), needs one of numpy.savez"
+        ) from error
 
 
 def number(name: str, value: Any) -> float:
@@ -130,6 +181,13 @@ def shown(value: Any) -> str:
     if isinstance(value, Tensor) and value.ndim:
         return f"a tensor of shape {list(value.shape)}"
     return repr(value.item() if isinstance(value, Tensor) and not value.is_meta else value)
+
+
+def assumed(values: Mapping[str, Any]) -> str:
+    """The note of a reader that took `values` for what its files leave open, and the options that give others."""
+    said = [f"{name} = {f'{value:g}' if type(value) is float else value}" for name, value in values.items()]
+    options = [f"--{name.replace('_', '-')}" for name in values]
+    return f"assumed, since the files do not say: {', '.join(said)} (other values: {', '.join(options)})"
 
 
 def _is_whole(tensor: Tensor) -> bool:

@@ -6,7 +6,6 @@ side, in one vector.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -30,14 +29,6 @@ _INPUT_NORMS = ("none", "layer_norm", "constant_norm_rescale")
 _OUTSIDE = ("expected_average_only_in", "covariance_whitening")
 # The layout written, by its oldest version: SAELens takes files without one for older than 6.
 _VERSION = "6.0.0"
-
-
-def names(path: Path) -> tuple[str, ...]:
-    return _CONFIG, _WEIGHTS
-
-
-def recognises(path: Path) -> bool:
-    return (path / _CONFIG).is_file() and (path / _WEIGHTS).is_file()
 
 
 def unpack(files: dict[str, Any]) -> StoredSAE:

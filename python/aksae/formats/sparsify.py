@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from .folding import Needs
@@ -10,14 +9,6 @@ from .reading import Fields, Tensors, agree
 from .stored import StoredSAE, TopK
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae.safetensors"
-
-
-def names(path: Path) -> tuple[str, ...]:
-    return _CONFIG, _WEIGHTS
-
-
-def recognises(path: Path) -> bool:
-    return (path / _CONFIG).is_file() and (path / _WEIGHTS).is_file()
 
 
 def unpack(files: dict[str, Any]) -> StoredSAE:
