@@ -185,6 +185,20 @@ def test_the_binding_compiles_and_links(objects, tmp_path):
     assert missing == {"aoti_torch_get_current_cuda_stream"}
 
 
+def test_the_bindings_use_no_macro_that_the_oldest_torch_lacks():
+    """TORCH_TARGET_VERSION hides functions of a newer torch from the compiler, but not its macros. Those named here are
+    in the headers of torch 2.11."""
+    known = {
+        "STABLE_TORCH_LIBRARY",
+        "STABLE_TORCH_LIBRARY_IMPL",
+        "STD_TORCH_CHECK",
+        "TORCH_BOX",
+        "TORCH_ERROR_CODE_CHECK",
+    }
+    for source in sorted((ROOT / "csrc").glob("bind_*.cpp")):
+        assert set(re.findall(r"\b(?:[A-Z]+_)?TORCH_[A-Z_]+\b", source.read_text())) <= known, source.name
+
+
 # --------------------------------------------------------------------------------------------------- the backend
 
 
