@@ -141,6 +141,41 @@ def test_kernels_compile_within_bounds(objects, capsys):
         assert kernel["shared"] <= 16 << 10, kernel
 
 
+def host_functions_that_exit(compiled: Path) -> set[str]:
+    """Host functions of an object that call `exit`: nvcc's body for a function that is `__device__` alone."""
+    command = ["objdump", "--disassemble", "--reloc", "--demangle", str(compiled)]
+    found, function = set(), ""
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        if header := re.fullmatch(r"[0-9a-f]+ <(.+)>:", line):
+            function = header[1]
+        elif re.search(r"\bR_\w+\s+exit\b", line):
+            found.add(function)
+    return found
+
+
+@needs_nvcc
+def test_host_code_calls_no_device_function(objects):
+    """From a template or a lambda it gets no warning, and the process ends without a word. The emulation, in which all
+    is host code, cannot see it."""
+    assert {name: host_functions_that_exit(target) for name, (target, _) in objects.items()} == {
+        name: set() for name in KERNEL_FILES
+    }
+
+
+@needs_nvcc
+def test_a_device_function_called_by_host_code_is_found(tmp_path):
+    source = tmp_path / "host.cu"
+    source.write_text(
+        "template <class T> __device__ __forceinline__ T* row_of(T* data, long row) { return data + row; }\n"
+        "template <class T> T* chunk_of(T* data) { return row_of(data, 3); }\n"
+        "float* host_code(float* data) { return chunk_of(data); }\n"
+    )
+    compiled = source.with_suffix(".o")
+    subprocess.run([SETUP["find_nvcc"](), *SETUP["NVCC_FLAGS"], "-c", source, "-o", compiled], check=True)
+    (found,) = host_functions_that_exit(compiled)
+    assert found.startswith("host_code(float*)")
+
+
 @needs_nvcc
 def test_encode_has_the_instructions_it_is_made_of(objects):
     triton = pytest.importorskip("triton")

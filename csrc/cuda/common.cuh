@@ -53,8 +53,10 @@ struct alignas(16) Vector {
 __device__ __forceinline__ int lane_id() { return int(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int warp_id() { return int(threadIdx.x) / kWarp; }
 
+// The host calls it too. nvcc gives a function that is `__device__` alone a host body that ends the process, and does
+// not warn of calls to it from templates and lambdas of the host: tests/test_cuda.py looks for them.
 template <class T>
-__device__ __forceinline__ const T* row_of(const Matrix& m, int64_t row) {
+__host__ __device__ __forceinline__ const T* row_of(const Matrix& m, int64_t row) {
   return static_cast<const T*>(m.data) + row * m.stride;
 }
 
