@@ -10,7 +10,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 import weakref
+from collections import defaultdict
 
 import pytest
 import torch
@@ -133,6 +135,54 @@ def test_an_encode_takes_one_slab_of_memory(monkeypatch, megabytes, name, k, dty
         resources.record(lambda: backend.topk_encode(x, W, None, rows_of_k, k))
     codes = shape.B * (k * (dtype.itemsize + 4) + 4)
     assert tuning.slab_bytes() * 0.2 < memory.peak - codes <= tuning.slab_bytes() * 1.02
+
+
+def stored_values(ptx: str) -> dict[str, set[str]]:
+    """What a program stores, as expressions of its parameters and of what it loads through them, by the parameter that
+    it is stored through. Registers are followed in the order of the text, so a loop counts as its first turn."""
+    known: dict[str, str] = {}
+    stored = defaultdict(set)
+    for op, operands in re.findall(r"^\s*(?:@!?%p\d+ )?([a-z]\S*)\s+(.*);", ptx, re.MULTILINE):
+        names = re.findall(r"%\w+|param_\d+|\b0f\w+|-?\b\d+", operands)
+        values = [known.get(name, name) for name in names]
+        if op.startswith("ld.global"):
+            *targets, _, _ = names
+            known |= dict.fromkeys(targets, f"*{values[-2]}")
+        elif op.startswith("st.global"):
+            stored[values[0]].update(values[2:])
+        elif op.startswith(("ld.param", "mov")) and len(names) == 2:
+            known[names[0]] = values[1]
+        elif op.startswith("ld.shared"):
+            known[names[0]] = "shared"
+        elif op.endswith("64"):
+            known[names[0]] = next((value for value in values if value.startswith("param")), "offset")
+        elif names:
+            known[names[0]] = f"{op}({', '.join(values[1:])})"
+    return dict(stored)
+
+
+@compiled
+@pytest.mark.parametrize("n_columns", [9, 768, 4096])
+@pytest.mark.parametrize("unit_norm_rows", [True, False], ids=["unit", "plain"])
+def test_a_lazy_step_is_compiled_to_the_same_arithmetic(unit_norm_rows, n_columns):
+    """Else a row that fires would not have Adam's bits. Only a GPU rounds a product that is fused with a sum otherwise,
+    so the op tests in the interpreter see none of it."""
+
+    def compiled_for(target: str, lazy: bool) -> str:
+        param, grad, *moments = torch.empty(4, 40, n_columns, device="meta").unbind()
+        numbers = (3, 1e-3, 0.9, 0.999, 1e-8, unit_norm_rows, lazy)
+        step = lambda: backend.adam_step_(param, grad, *moments, torch.empty((), device="meta"), *numbers)
+        (launch,) = resources.record(step)
+        return launch.compile(resources.TARGETS[target]).asm["ptx"]
+
+    for target in ("sm_80", "sm_90", "sm_100"):
+        lazy, full = (compiled_for(target, lazy) for lazy in (True, False))
+        # The assembler may fuse what does not name its rounding.
+        assert not re.search(r"(add|sub|mul)\.(ftz\.)?f32", lazy + full), target
+        # sm_100 computes with pairs of registers.
+        if target != "sm_100":
+            assert stored_values(lazy) == stored_values(full), target
+            assert stored_values(lazy).keys() == {"param_0", "param_2", "param_3"}, target
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "many", "1.5"])

@@ -40,9 +40,11 @@ __global__ void __launch_bounds__(kThreads)
   }
   float squares = 0;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    const float weight = widen(param[i]), slope = scale * (widen(grad[i]) - along * weight);
-    const float first = exp_avg[i] = f.beta1 * exp_avg[i] + f.keep1 * slope;
-    const float second = exp_avg_sq[i] = f.beta2 * exp_avg_sq[i] + f.keep2 * slope * slope;
+    // Each product that is rounded together with a sum says so: what the compiler fuses might differ between the code
+    // for rows that are lazy, or of unit norm, and for others.
+    const float weight = widen(param[i]), slope = scale * fmaf(-along, weight, widen(grad[i]));
+    const float first = exp_avg[i] = fmaf(f.keep1, slope, f.beta1 * exp_avg[i]);
+    const float second = exp_avg_sq[i] = fmaf(f.keep2 * slope, slope, f.beta2 * exp_avg_sq[i]);
     const float updated = stepped(weight, first, second, f);
     if (!unit) param[i] = narrow<T>(updated);
     squares = fmaf(updated, updated, squares);

@@ -1,4 +1,9 @@
-"""The step of SAEAdam: moments, weight and, where rows keep unit norm, projection and norm in one kernel."""
+"""The step of SAEAdam: moments, weight and, where rows keep unit norm, projection and norm in one kernel.
+
+A parameter has the same bits after a step whether or not its group is lazy, though these are launches of different
+constants and block sizes. So the compiler may not choose which products it fuses with a sum, which depends on the code
+around them: the kernel is compiled without such fusion, and calls `tl.fma` where it wants one.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from . import tuning
 from .launch import launch, on_device_of_first
 from .rounding import narrow
 
-# Weights that a program takes where rows are of no account.
+# Weights that a program takes of a parameter without a row constraint.
 _FLAT_ROW = 1024
 
 
@@ -32,7 +37,7 @@ def adam_step_(
 ) -> None:
     n_rows, n_columns = param.shape
     if not unit_norm_rows and not lazy:
-        # Rows are of no account: a bias is one long row.
+        # No row constraint: the parameter is taken as flat.
         n_rows, n_columns = triton.cdiv(param.numel(), _FLAT_ROW), _FLAT_ROW
     launch(
         _adam_kernel,
@@ -53,6 +58,7 @@ def adam_step_(
         eps,
         UNIT_NORM=unit_norm_rows,
         LAZY=lazy,
+        enable_fp_fusion=False,
         **tuning.optimizer(n_columns).meta,
     )
     # Autograd must notice that weights saved by an older graph are gone.
@@ -68,22 +74,22 @@ def _adam_kernel(
     grad_scale_ptr,
     n_elements,
     n_columns,
-    weight1,
+    one_minus_beta1,
     beta2,
-    weight2,
+    one_minus_beta2,
     step_size,
-    correction2,
+    bias_correction2,
     eps,
     UNIT_NORM: tl.constexpr,
     LAZY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: `g = (grad - <grad, w> w) scale`, the moments, `w - step_size m / (sqrt(v correction2) + eps)`, and that
-    over its norm. A row wider than a block is gone through again for the norm, from what is then in cache."""
+    """One row: `g = (grad - <grad, w> w) scale`, the moments, `w - step_size m / (sqrt(v bias_correction2) + eps)`, and
+    that over its norm. A row wider than a block is gone through again for the norm, from what is then in cache."""
     first = tl.program_id(0).to(tl.int64) * n_columns
     last = tl.minimum(first + n_columns, n_elements)
     scale = tl.load(grad_scale_ptr).to(tl.float32)
-    along = 0.0
+    grad_dot_weight = 0.0
     busy = 1
     if UNIT_NORM or LAZY:
         products = tl.zeros([BLOCK], dtype=tl.float32)
@@ -92,9 +98,9 @@ def _adam_kernel(
             slot = start + tl.arange(0, BLOCK)
             weight = tl.load(param_ptr + slot, mask=slot < last, other=0.0).to(tl.float32)
             grad = tl.load(grad_ptr + slot, mask=slot < last, other=0.0).to(tl.float32)
-            products += grad * weight
+            products = tl.fma(grad, weight, products)
             nonzero |= (grad != 0).to(tl.int32)
-        along = tl.sum(products, 0) if UNIT_NORM else 0.0
+        grad_dot_weight = tl.sum(products, 0) if UNIT_NORM else 0.0
         if LAZY:
             # A factor that is not finite must reach all rows.
             busy = tl.max(nonzero, 0) | (~(tl.abs(scale) < float("inf"))).to(tl.int32)
@@ -106,17 +112,17 @@ def _adam_kernel(
             weight = tl.load(param_ptr + slot, mask=inside, other=0.0).to(tl.float32)
             grad = tl.load(grad_ptr + slot, mask=inside, other=0.0).to(tl.float32)
             if UNIT_NORM:
-                grad -= along * weight
+                grad = tl.fma(-grad_dot_weight, weight, grad)
             grad *= scale
             exp_avg = tl.load(exp_avg_ptr + slot, mask=inside, other=0.0)
-            exp_avg += weight1 * (grad - exp_avg)
+            exp_avg = tl.fma(one_minus_beta1, grad - exp_avg, exp_avg)
             exp_avg_sq = tl.load(exp_avg_sq_ptr + slot, mask=inside, other=0.0)
-            exp_avg_sq = beta2 * exp_avg_sq + weight2 * grad * grad
+            exp_avg_sq = tl.fma(one_minus_beta2 * grad, grad, beta2 * exp_avg_sq)
             tl.store(exp_avg_ptr + slot, exp_avg, mask=inside)
             tl.store(exp_avg_sq_ptr + slot, exp_avg_sq, mask=inside)
-            weight = moved(weight, exp_avg, exp_avg_sq, step_size, correction2, eps)
+            weight = moved(weight, exp_avg, exp_avg_sq, step_size, bias_correction2, eps)
             if UNIT_NORM:
-                squares += tl.where(inside, weight * weight, 0.0)
+                squares = tl.where(inside, tl.fma(weight, weight, squares), squares)
             else:
                 tl.store(param_ptr + slot, narrow(weight, param_ptr.dtype.element_ty), mask=inside)
         if UNIT_NORM:
@@ -130,10 +136,11 @@ def _adam_kernel(
                 weight = tl.load(param_ptr + slot, mask=inside, other=0.0).to(tl.float32)
                 exp_avg = tl.load(exp_avg_ptr + slot, mask=inside, other=0.0)
                 exp_avg_sq = tl.load(exp_avg_sq_ptr + slot, mask=inside, other=0.0)
-                weight = moved(weight, exp_avg, exp_avg_sq, step_size, correction2, eps)
+                weight = moved(weight, exp_avg, exp_avg_sq, step_size, bias_correction2, eps)
                 tl.store(param_ptr + slot, narrow(tl.div_rn(weight, norm), param_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def moved(weight, exp_avg, exp_avg_sq, step_size, correction2, eps):
-    return weight - step_size * tl.div_rn(exp_avg, tl.sqrt_rn(exp_avg_sq * correction2) + eps)
+def moved(weight, exp_avg, exp_avg_sq, step_size, bias_correction2, eps):
+    """The weight after the step; called again for the norm, it gives the same bits."""
+    return tl.fma(-step_size, tl.div_rn(exp_avg, tl.sqrt_rn(exp_avg_sq * bias_correction2) + eps), weight)

@@ -14,13 +14,14 @@ INTERPRETED = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 when this was imported)."""
 
 
-def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
+def launch(kernel, grid: tuple[int, ...], *args, enable_fp_fusion: bool = True, **meta) -> None:
     """`kernel[grid]`, which Triton itself refuses where a dimension of the grid is 0.
 
-    Multiplications and additions are fused whatever Triton's default is, which changes with its version.
+    `enable_fp_fusion`, whether the compiler may fuse multiplications and additions as it likes, does not depend on
+    Triton's default, which changes with its version.
     """
     if all(grid):
-        kernel[grid](*args, enable_fp_fusion=True, **meta)
+        kernel[grid](*args, enable_fp_fusion=enable_fp_fusion, **meta)
 
 
 def on_device_of_first(op: Callable) -> Callable:
