@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -30,33 +31,44 @@ _MODULES = {
 _CANDIDATES = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _FALLBACK = ("reference",)
 
-# Process-wide, like torch.set_num_threads. A plain global, because torch.compile guards on those: a compiled function
-# sees a change of backend and is specialised again. The empty string means "as AKSAE_BACKEND says, else auto".
-_requested = ""
+
+class _Request(threading.local):
+    """What `use_backend` asks for in this thread; the empty string means "as AKSAE_BACKEND says, else auto".
+
+    torch.compile guards on attributes of a thread-local, as it does not on a ContextVar: a compiled function sees a
+    change of backend and is specialised again. They are set in every thread, and are no defaults of the class: a read
+    that finds an attribute of the class is guarded as one of the class alone.
+    """
+
+    def __init__(self):
+        self.backend = ""
+        self.outer: list[str] = []
+
+
+_request = _Request()
 
 
 class use_backend:
     """Context manager: ops called inside run on the named backend, or raise RuntimeError with the reason it cannot.
 
-    `name` is one of the backends or `"auto"`. The setting is process-wide and is read at every call, inside
-    `torch.compile(fullgraph=True)` too; it wins over the environment variable `AKSAE_BACKEND`. A backward pass runs on
-    the backend its forward was called with, wherever it is called from. Raises ValueError for an unknown name.
+    `name` is one of the backends or `"auto"`. The setting holds for the thread that enters it, and no other: a new
+    thread starts from the environment variable `AKSAE_BACKEND`, over which the setting wins. It is read at every call,
+    inside `torch.compile(fullgraph=True)` too. A backward pass runs on the backend its forward was called with,
+    whichever thread runs it; a forward that activation checkpointing computes again is a new call of the thread that
+    does so, which for accelerators is one of autograd's own. Raises ValueError for an unknown name.
     """
 
     def __init__(self, name: str):
         if name != AUTO and name not in _MODULES:
             raise ValueError(f"backend must be one of {', '.join((AUTO, *_MODULES))}; got {name!r}")
         self.name = name
-        self.outer: list[str] = []
 
     def __enter__(self) -> None:
-        global _requested
-        self.outer.append(_requested)
-        _requested = self.name
+        _request.outer.append(_request.backend)
+        _request.backend = self.name
 
     def __exit__(self, *exc_info) -> None:
-        global _requested
-        _requested = self.outer.pop()
+        _request.backend = _request.outer.pop()
 
 
 def requested() -> str:
@@ -64,8 +76,8 @@ def requested() -> str:
 
     Empty while tracing where `use_backend` asked for none: a graph must not keep what the environment said then.
     """
-    if _requested or torch.compiler.is_compiling():
-        return _requested
+    if _request.backend or torch.compiler.is_compiling():
+        return _request.backend
     return os.environ.get("AKSAE_BACKEND") or AUTO
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,8 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# By place and shape of the weight: its version, and what was made of it.
-_kept: dict[tuple, tuple[int | None, Any] | None] = {}
+
+class _Kept(threading.local):
+    """What this thread keeps: by place and shape of a frozen weight, its version and what was made of it.
+
+    Each thread has its own, since a promise that one thread makes is no other's: a thread that leaves `frozen` takes
+    nothing from one that is inside, and nothing stays behind of one that was preparing a weight meanwhile.
+    """
+
+    def __init__(self):
+        self.weights: dict[tuple, tuple[int | None, Any] | None] = {}
+
+
+_kept = _Kept()
 
 
 @contextmanager
@@ -28,30 +40,33 @@ def frozen(*weights: Tensor) -> Iterator[None]:
     Results are the same bits. A change that torch's version counter sees (any in-place operation, an optimizer step)
     is noticed, and the weight prepared anew. Writes past the counter, through `.data`, NumPy or a kernel of one's own,
     are not: they break the promise, and selections may then miss winners. That is why nothing is kept unasked. Other
-    backends and dtypes prepare nothing. It holds for the whole process; entering it twice for a weight is no error. On
-    a GPU, all calls must be on one stream; while a CUDA graph is captured nothing is kept or used.
+    backends and dtypes prepare nothing. It holds for the calls of the thread that enters it, and each thread prepares a
+    weight of its own; entering it twice for a weight is no error. On a GPU, all calls must be on one stream; while a
+    CUDA graph is captured nothing is kept or used.
     """
-    ours = [key for key in map(_key, weights) if key not in _kept]
-    _kept.update(dict.fromkeys(ours))
+    kept = _kept.weights
+    # With their memory, so that no other tensor is found in its place where a weight's data is replaced meanwhile.
+    ours = {_key(weight): weight.untyped_storage() for weight in weights if _key(weight) not in kept}
+    kept.update(dict.fromkeys(ours))
     try:
         yield
     finally:
         for key in ours:
-            _kept.pop(key, None)
+            kept.pop(key, None)
 
 
 def prepared(weight: Tensor, prepare: Callable[[Tensor], Any]) -> Any | None:
     """What `prepare` makes of a frozen weight, kept from an earlier call where it is still right; else None."""
-    key = _key(weight)
-    if key not in _kept:
+    key, ours = _key(weight), _kept.weights
+    if key not in ours:
         return None
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         # A graph may outlive what is kept, and what it would prepare is not computed until it is replayed.
         return None
     version = None if weight.is_inference() else weight._version
-    kept = _kept[key]
+    kept = ours[key]
     if kept is None or kept[0] != version:
-        kept = _kept[key] = version, prepare(weight)
+        kept = ours[key] = version, prepare(weight)
     return kept[1]
 
 

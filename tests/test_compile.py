@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -271,6 +272,51 @@ def test_use_backend_inside_a_compiled_function():
         on_cpu(half)
     # The request does not outlive the call, even one that failed.
     assert topk_select(half, 1).counts.tolist() == [1, 1]
+
+
+@needs_cpu
+def test_a_compiled_function_follows_the_backend_of_its_thread():
+    # fp16 tells who ran: `cpu` refuses it.
+    half = torch.ones(2, 3).half()
+    traced = compiled(topk_select)
+    seen, ours_ran, theirs_ran = [], threading.Event(), threading.Event()
+
+    def on_cpu():
+        seen.append(traced(half, 1, 2).counts.tolist())
+        with use_backend("cpu"):
+            ours_ran.wait(10)
+            with pytest.raises(RuntimeError, match="float16"):
+                traced(half, 1, 2)
+            theirs_ran.set()
+        seen.append(traced(half, 1, 2).counts.tolist())
+
+    thread = threading.Thread(target=on_cpu)
+    with use_backend("reference"):
+        assert traced(half, 1, 2).counts.tolist() == [1, 1]
+        thread.start()
+        ours_ran.set()
+        theirs_ran.wait(10)
+        assert traced(half, 1, 2).counts.tolist() == [1, 1]
+    thread.join(10)
+    assert seen == [[1, 1]] * 2
+
+
+def test_threads_share_what_was_compiled():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    traced = torch.compile(topk_select, fullgraph=True, backend=counter)
+
+    def run():
+        for name in ("reference", "auto", "reference"):
+            with use_backend(name):
+                traced(torch.ones(2, 3), 1, 2)
+        with use_backend("auto"), use_backend("reference"):
+            traced(torch.ones(2, 3), 1, 2)
+
+    for _ in range(3):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert counter.frame_count == 2
 
 
 @needs_cpu

@@ -30,6 +30,7 @@ from aksae_kernels import (
     topk_select,
     use_backend,
 )
+from aksae_kernels.dispatch import requested
 from aksae_kernels.testing import adversarial_rows, check_codes, dense_codes, encode_scores, error_ratio, random_codes
 
 PACKAGE = Path(aksae_kernels.__file__).parent
@@ -176,6 +177,53 @@ def test_explain_refuses_what_is_no_op():
         explain("nope", torch.ones(2))
     with pytest.raises(ValueError, match="topk_select"):
         explain("topk_select")
+
+
+# ---------------------------------------------------------------------------------------------------- threads
+
+
+def in_a_thread(function) -> threading.Thread:
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "one object"])
+@pytest.mark.parametrize("leave_by", ["return", "exception"])
+def test_overlapping_threads_do_not_see_each_others_setting(monkeypatch, shared, leave_by):
+    """The other thread enters inside ours and leaves after it: in a process-wide setting ours would come back then."""
+    monkeypatch.setenv("AKSAE_BACKEND", "auto")
+    one = use_backend("triton")
+    entered, left, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        seen.append(requested())
+        with contextlib.suppress(KeyError), one if shared else use_backend("triton"):
+            entered.set()
+            left.wait(10)
+            seen.append(requested())
+            if leave_by == "exception":
+                raise KeyError
+        seen.append(requested())
+
+    with use_backend("reference"):
+        with one:
+            thread = in_a_thread(other)
+            entered.wait(10)
+            assert requested() == "triton"
+        assert requested() == "reference"
+    left.set()
+    thread.join(10)
+    assert seen == ["auto", "triton", "auto"]
+    assert requested() == "auto"
+
+
+def test_a_new_thread_starts_from_the_environment(monkeypatch):
+    monkeypatch.setenv("AKSAE_BACKEND", "reference")
+    seen = []
+    with use_backend("auto"):
+        in_a_thread(lambda: seen.append(requested())).join(10)
+    assert seen == ["reference"]
 
 
 # ------------------------------------------------------------------------------------------------ environment

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -60,7 +62,7 @@ def test_what_is_prepared_is_prepared_once_and_given_back(problem):
                 kept.prepared(W, lambda weight: calls.append(weight.shape) or "packed")
         assert kept.prepared(W, calls.append) == "packed"
     assert calls == [W.shape]
-    assert not kept._kept
+    assert not kept._kept.weights
 
 
 def test_inference_tensors(problem, backend):
@@ -75,4 +77,37 @@ def test_inference_tensors(problem, backend):
 def test_given_back_after_an_error(problem):
     with pytest.raises(KeyError), frozen(problem[1]):
         raise KeyError
-    assert not kept._kept
+    assert not kept._kept.weights
+
+
+def test_a_promise_is_the_threads_own(problem):
+    """What one thread promises and leaves changes nothing for another, not even while that one prepares a weight."""
+    _, W, _ = problem
+    inside, left, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        seen.append(kept.prepared(W, lambda weight: "not promised here"))
+        with frozen(W):
+            inside.wait(10)
+            seen.append(kept.prepared(W, lambda weight: left.wait(10) and "prepared here"))
+            seen.append(kept.prepared(W, lambda weight: "prepared again"))
+        seen.append(dict(kept._kept.weights))
+
+    thread = threading.Thread(target=other)
+    with frozen(W):
+        thread.start()
+        assert kept.prepared(W, lambda weight: "of the main thread") == "of the main thread"
+        inside.set()
+    left.set()
+    thread.join(10)
+    assert seen == [None, "prepared here", "prepared here", {}]
+    assert not kept._kept.weights
+
+
+def test_memory_of_a_replaced_weight_is_not_found_by_another(problem):
+    _, W, _ = problem
+    with frozen(W):
+        kept.prepared(W, lambda weight: "packed")
+        W.data = W.data.clone()
+        others = [torch.zeros_like(W) for _ in range(8)]
+        assert not [other for other in others if kept.prepared(other, lambda weight: "stale")]
