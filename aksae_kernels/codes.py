@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class SparseCodes(NamedTuple):
         Carries the gradient of `values`. Raises IndexError on CPU for an index outside `[0, d_sae)`; on an accelerator
         such an index is undefined behaviour.
         """
-        require_d_sae(d_sae)
+        d_sae = as_d_sae(d_sae)
         check_codes(self.indices, self.counts, d_sae)
         live = live_slots(self)
         dense = self.values.new_zeros(*self.counts.shape, d_sae)
@@ -48,7 +49,7 @@ class SparseCodes(NamedTuple):
         Repeated indices are summed; NaN and explicit zero values stay stored. Raises IndexError on CPU for an index
         outside `[0, d_sae)`; on an accelerator such an index is undefined behaviour.
         """
-        require_d_sae(d_sae)
+        d_sae = as_d_sae(d_sae)
         check_codes(self.indices, self.counts, d_sae)
         live = live_slots(self)
         *rows, _ = live.nonzero(as_tuple=True)
@@ -84,12 +85,34 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def require_d_sae(d_sae: int) -> None:
-    """Raise TypeError for a `d_sae` that is no int, ValueError for a negative one or one past int32."""
-    if isinstance(d_sae, bool) or not isinstance(d_sae, (int, torch.SymInt)):
-        raise TypeError(f"d_sae must be an int, got {type(d_sae).__name__} {d_sae!r}")
+def describe(value: object) -> str:
+    """What a message says that it got."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def as_int(name: str, value: object) -> int:
+    """The int that `operator.index` makes of `value`: an int, NumPy's, a 0-dimensional tensor that is free to read.
+
+    Raises TypeError, which calls it `name`, for everything else, bool included.
+    """
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dtype == torch.bool or not readable(value))):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if isinstance(value, (int, torch.SymInt)):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {describe(value)}") from None
+
+
+def as_d_sae(d_sae: object) -> int:
+    """`as_int` of a number of latents; raises ValueError for a negative one or one past int32."""
+    d_sae = as_int("d_sae", d_sae)
     if not 0 <= d_sae <= MAX_LATENTS:
         raise ValueError(f"d_sae must not be negative and at most {MAX_LATENTS}, got {d_sae}")
+    return d_sae
 
 
 def readable(tensor: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .codes import SparseCodes
+from .codes import SparseCodes, as_int
 from .ops import sparse_decode, topk_encode
 
 
@@ -34,7 +34,8 @@ class TopKEncoder(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.k, self.k_max = k, k_max
+        # Python's ints, whatever was given: torch.compile takes NumPy's for data, whose values no shape can follow.
+        self.k, self.k_max = (None if n is None else as_int(name, n) for name, n in (("k", k), ("k_max", k_max)))
         self.weight = nn.Parameter(_unit_rows(d_sae, d_in, device, dtype))
         self.bias = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype)) if bias else None
 

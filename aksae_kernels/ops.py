@@ -28,7 +28,22 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .codes import MAX_LATENTS, SparseCodes, acc_dtype, live_slots, readable, require_d_sae
+from ._arguments import (
+    as_rows,
+    autocast,
+    autocasting,
+    code_width,
+    flat_codes,
+    require_alike,
+    require_codes,
+    require_decoder,
+    require_float,
+    require_shape,
+    rows_of_k,
+    split_lead,
+    wrong,
+)
+from .codes import SparseCodes, acc_dtype, as_d_sae, as_int, live_slots
 
 _library = torch.library.Library("aksae", "DEF")
 
@@ -43,7 +58,7 @@ def _define(name: str, arguments: str, returns: str, kernel: str | None = None) 
     def run(*args):
         *args, backend = args
         function = dispatch.kernel(kernel or name, backend, args[0])
-        if not _autocasting(args[0].device):
+        if not autocasting(args[0].device):
             result = function(*args)
         else:
             # What is to be cast has been: inside a backend, products keep the precision they are written in.
@@ -302,10 +317,10 @@ def topk_select(pre_acts: Tensor, k: int | Tensor, k_max: int | None = None) -> 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a negative `k_max`.
     """
-    _require_float("pre_acts", pre_acts)
-    lead, n_latents = _lead("pre_acts", pre_acts)
-    k, width = _rows_of_k(k, k_max, lead, n_latents, pre_acts.device)
-    out = torch.ops.aksae.topk_select(_rows(pre_acts), k, width, dispatch.requested())
+    require_float("pre_acts", pre_acts)
+    lead, n_latents = split_lead("pre_acts", pre_acts)
+    k, width = rows_of_k(k, k_max, lead, n_latents, pre_acts.device)
+    out = torch.ops.aksae.topk_select(as_rows(pre_acts), k, width, dispatch.requested())
     return _codes(out, lead)
 
 
@@ -345,16 +360,16 @@ def topk_encode(
     Raises:
         TypeError, ValueError: as `topk_select`, and for shapes that do not fit.
     """
-    x, W_enc, b_enc = _autocast(x, W_enc, b_enc)
-    _require_float("x", x)
-    lead, d_in = _lead("x", x)
-    _require_shape("W_enc", W_enc, (None, d_in), "[F, D], with D the last dimension of x")
+    x, W_enc, b_enc = autocast(x, W_enc, b_enc)
+    require_float("x", x)
+    lead, d_in = split_lead("x", x)
+    require_shape("W_enc", W_enc, (None, d_in), "[F, D], with D the last dimension of x")
     n_latents = W_enc.shape[0]
     if b_enc is not None:
-        _require_shape("b_enc", b_enc, (n_latents,), "[F], with F the rows of W_enc")
-    _require_alike(x=x, W_enc=W_enc, b_enc=b_enc)
-    k, width = _rows_of_k(k, k_max, lead, n_latents, x.device)
-    out = torch.ops.aksae.topk_encode(_rows(x), W_enc, b_enc, k, width, dispatch.requested())
+        require_shape("b_enc", b_enc, (n_latents,), "[F], with F the rows of W_enc")
+    require_alike(x=x, W_enc=W_enc, b_enc=b_enc)
+    k, width = rows_of_k(k, k_max, lead, n_latents, x.device)
+    out = torch.ops.aksae.topk_encode(as_rows(x), W_enc, b_enc, k, width, dispatch.requested())
     return _codes(out, lead)
 
 
@@ -392,13 +407,13 @@ def batch_topk_select(pre_acts: Tensor, budget: int, k_max: int | None = None) -
         ValueError: a row wins more than `k_max` entries (on an accelerator: an asynchronous device assertion).
         TypeError, ValueError: an argument of the wrong kind.
     """
-    _require_float("pre_acts", pre_acts)
-    lead, n_latents = _lead("pre_acts", pre_acts)
-    budget = max(0, _int("budget", budget))
-    width = _width(k_max, n_latents)
-    rows = _rows(pre_acts)
+    require_float("pre_acts", pre_acts)
+    lead, n_latents = split_lead("pre_acts", pre_acts)
+    budget = max(0, as_int("budget", budget))
+    width = code_width(k_max, n_latents)
+    rows = as_rows(pre_acts)
     # Clamped, so that any int fits the 64-bit argument.
-    budget = torch.sym_min(budget, rows.shape[0] * n_latents)
+    budget = min(budget, rows.shape[0] * n_latents)
     out = torch.ops.aksae.batch_topk_select(rows, budget, width, dispatch.requested())
     return _codes(out, lead)
 
@@ -418,21 +433,21 @@ def threshold_select(pre_acts: Tensor, threshold: float | Tensor, k_max: int | N
         ValueError: a row has more than `k_max` such entries (on an accelerator: an asynchronous device assertion).
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device.
     """
-    _require_float("pre_acts", pre_acts)
-    lead, n_latents = _lead("pre_acts", pre_acts)
+    require_float("pre_acts", pre_acts)
+    lead, n_latents = split_lead("pre_acts", pre_acts)
     if isinstance(threshold, Tensor):
-        _require_float("threshold", threshold)
+        require_float("threshold", threshold)
         if threshold.ndim:
-            _require_shape("threshold", threshold, (n_latents,), "[F], with F the last dimension of pre_acts, or []")
-        if threshold.device != pre_acts.device or not _autocasting(pre_acts.device):
-            _require_alike(pre_acts=pre_acts, threshold=threshold)
+            require_shape("threshold", threshold, (n_latents,), "[F], with F the last dimension of pre_acts, or []")
+        if threshold.device != pre_acts.device or not autocasting(pre_acts.device):
+            require_alike(pre_acts=pre_acts, threshold=threshold)
         threshold = threshold.detach()
     elif isinstance(threshold, (int, float)) and not isinstance(threshold, bool):
         threshold = torch.full((), float(threshold), dtype=torch.float64, device=pre_acts.device)
     else:
         raise TypeError(f"threshold must be a number or a floating tensor, got {type(threshold).__name__}")
-    width = _width(k_max, n_latents)
-    out = torch.ops.aksae.threshold_select(_rows(pre_acts), threshold, width, dispatch.requested())
+    width = code_width(k_max, n_latents)
+    out = torch.ops.aksae.threshold_select(as_rows(pre_acts), threshold, width, dispatch.requested())
     return _codes(out, lead)
 
 
@@ -448,11 +463,11 @@ def sparse_decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None
         IndexError: an index outside `[0, F)` on CPU (undefined on an accelerator).
         TypeError, ValueError: shapes, dtypes or devices that do not fit.
     """
-    _require_codes(codes)
-    values, W_dec, b_dec = _autocast(codes.values, W_dec, b_dec)
-    lead, flat = _flat_codes(codes, values)
-    _require_decoder(W_dec, b_dec)
-    _require_alike(values=values, W_dec=W_dec, b_dec=b_dec)
+    require_codes(codes)
+    values, W_dec, b_dec = autocast(codes.values, W_dec, b_dec)
+    lead, flat = flat_codes(codes, values)
+    require_decoder(W_dec, b_dec)
+    require_alike(values=values, W_dec=W_dec, b_dec=b_dec)
     y = torch.ops.aksae.sparse_decode(*flat, W_dec, b_dec, dispatch.requested())
     return y.view(*lead, W_dec.shape[1])
 
@@ -474,16 +489,16 @@ def decode_mse(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, target: 
     Raises:
         As `sparse_decode`.
     """
-    _require_codes(codes)
-    values, W_dec, b_dec, target = _autocast(codes.values, W_dec, b_dec, target)
-    lead, flat = _flat_codes(codes, values)
-    _require_decoder(W_dec, b_dec)
-    _require_shape("target", target, (*lead, W_dec.shape[1]), "[..., D], with the leading shape of codes")
-    _require_alike(values=values, W_dec=W_dec, b_dec=b_dec, target=target)
+    require_codes(codes)
+    values, W_dec, b_dec, target = autocast(codes.values, W_dec, b_dec, target)
+    lead, flat = flat_codes(codes, values)
+    require_decoder(W_dec, b_dec)
+    require_shape("target", target, (*lead, W_dec.shape[1]), "[..., D], with the leading shape of codes")
+    require_alike(values=values, W_dec=W_dec, b_dec=b_dec, target=target)
     grads = torch.is_grad_enabled()
     wants_residual = grads and any(t is not None and t.requires_grad for t in (W_dec, b_dec, target))
     loss, _, _ = torch.ops.aksae.decode_mse(
-        *flat, W_dec, b_dec, _rows(target), wants_residual, grads and values.requires_grad, dispatch.requested()
+        *flat, W_dec, b_dec, as_rows(target), wants_residual, grads and values.requires_grad, dispatch.requested()
     )
     return loss.view(lead)
 
@@ -519,15 +534,15 @@ def sparse_weight_grad(codes: SparseCodes, dense: Tensor, d_sae: int) -> Tensor:
     Raises:
         As `sparse_decode`. It cannot be differentiated: its backward raises RuntimeError.
     """
-    _require_codes(codes)
-    values, dense = _autocast(codes.values, dense)
-    lead, flat = _flat_codes(codes, values)
+    require_codes(codes)
+    values, dense = autocast(codes.values, dense)
+    lead, flat = flat_codes(codes, values)
     if not isinstance(dense, Tensor) or dense.ndim == 0:
-        raise _wrong("dense", dense, "a tensor [..., D]")
-    _require_shape("dense", dense, (*lead, dense.shape[-1]), "[..., D], with the leading shape of codes")
-    _require_alike(values=values, dense=dense)
-    require_d_sae(d_sae)
-    return torch.ops.aksae.sparse_weight_grad(*flat, _rows(dense), d_sae, False, dispatch.requested())[0]
+        raise wrong("dense", dense, "a tensor [..., D]")
+    require_shape("dense", dense, (*lead, dense.shape[-1]), "[..., D], with the leading shape of codes")
+    require_alike(values=values, dense=dense)
+    d_sae = as_d_sae(d_sae)
+    return torch.ops.aksae.sparse_weight_grad(*flat, as_rows(dense), d_sae, False, dispatch.requested())[0]
 
 
 def adam_step(
@@ -595,7 +610,7 @@ def explain(op: str, *args, **kwargs) -> str:
         if isinstance(tensor, Tensor):
             # Without its data, and of the dtype that autocast gives to the products.
             like = tensor.new_empty(0)
-            return dispatch.explain_choice(name, like if name.endswith("_select") else _autocast(like)[0])
+            return dispatch.explain_choice(name, like if name.endswith("_select") else autocast(like)[0])
     raise ValueError(f"explain needs the arguments of {name}, with at least one tensor among them")
 
 
@@ -611,8 +626,6 @@ _EXPLAINED = (
     "sparse_weight_grad",
 )
 
-# ---------------------------------------------------------------------------------------------- arguments
-
 
 def _codes(out: tuple[Tensor, Tensor, Tensor], lead: tuple[int, ...]) -> SparseCodes:
     values, indices, counts = out
@@ -622,151 +635,11 @@ def _codes(out: tuple[Tensor, Tensor, Tensor], lead: tuple[int, ...]) -> SparseC
 
 def _sampled(op: Callable, codes: SparseCodes, **operands: Tensor) -> Tensor:
     """`op` at the places of `codes`, of a dense `[..., D]` and a weight `[F, D]`: the operands, under their names."""
-    _require_codes(codes)
+    require_codes(codes)
     (dense_name, dense), (weight_name, W) = operands.items()
-    dense, W = _autocast(dense, W)
-    lead, (_, indices, counts) = _flat_codes(codes, codes.values)
-    _require_decoder(W, None, weight_name)
-    _require_shape(dense_name, dense, (*lead, W.shape[1]), "[..., D], with the leading shape of codes")
-    _require_alike(**{dense_name: dense, weight_name: W}, indices=indices)
-    return op(_rows(dense), indices, counts, W, dispatch.requested()).view(*lead, indices.shape[1])
-
-
-def _lead(name: str, tensor: Tensor) -> tuple[tuple[int, ...], int]:
-    if tensor.ndim == 0:
-        raise ValueError(f"{name} must have at least one dimension, got a 0-dimensional tensor")
-    return tuple(tensor.shape[:-1]), tensor.shape[-1]
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    first = tensors[0]
-    if not isinstance(first, Tensor) or not _autocasting(first.device):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    # Autocast leaves fp64 alone in torch's own products too.
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and _is_castable(t.dtype) else t for t in tensors)
-
-
-def _autocasting(device: torch.device) -> bool:
-    # torch knows no autocast of the meta device, and raises.
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
-def _is_castable(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype != torch.float64
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
-
-
-def _wrong(name: str, value: object, needs: str) -> Exception:
-    kind = ValueError if isinstance(value, Tensor) else TypeError
-    return kind(f"{name} must be {needs}, got {_describe(value)}")
-
-
-def _int(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {_describe(value)}")
-    return value
-
-
-def _require_float(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {_describe(tensor)}")
-
-
-def _require_shape(name: str, tensor: object, shape: tuple[int | None, ...], needs: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor {needs}, got {_describe(tensor)}")
-    fits = tensor.ndim == len(shape) and all(want is None or have == want for have, want in zip(tensor.shape, shape))
-    if not fits:
-        wanted = ["any" if size is None else int(size) for size in shape]
-        raise ValueError(f"{name} must have shape {wanted}, {needs}, got {list(tensor.shape)}")
-
-
-def _require_decoder(W_dec: Tensor, b_dec: Tensor | None, name: str = "W_dec") -> None:
-    _require_shape(name, W_dec, (None, None), "[F, D]")
-    if b_dec is not None:
-        _require_shape("b_dec", b_dec, (W_dec.shape[1],), f"[D], with D the columns of {name}")
-
-
-def _require_alike(**tensors: Tensor | None) -> None:
-    """One device, and one floating dtype; indices only share the device."""
-    (first_name, first), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
-    _require_float(first_name, first)
-    for name, tensor in others:
-        if tensor.device != first.device:
-            raise ValueError(f"{name} must be on the device of {first_name}, {first.device}; got {tensor.device}")
-        if name != "indices" and tensor.dtype != first.dtype:
-            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}; got {tensor.dtype}")
-
-
-def _require_codes(codes: object) -> None:
-    if not isinstance(codes, SparseCodes):
-        raise TypeError(f"codes must be SparseCodes, got {type(codes).__name__}")
-    _require_float("codes.values", codes.values)
-
-
-def _flat_codes(codes: SparseCodes, values: Tensor) -> tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]]:
-    """Leading shape and flattened tensors of codes, `values` standing in for `codes.values`."""
-    _, indices, counts = codes
-    lead, width = _lead("codes.values", values)
-    _require_shape("codes.indices", indices, (*lead, width), "the shape of codes.values")
-    _require_shape("codes.counts", counts, lead, "the shape of codes.values without its last dimension")
-    for name, tensor in (("codes.indices", indices), ("codes.counts", counts)):
-        if tensor.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32, got {tensor.dtype}")
-        if tensor.device != values.device:
-            raise ValueError(f"{name} must be on the device of codes.values, {values.device}; got {tensor.device}")
-    return lead, (_rows(values), _rows(indices), counts.reshape(-1))
-
-
-def _width(k_max: int | None, n_latents: int) -> int:
-    if n_latents > MAX_LATENTS:
-        raise ValueError(f"F must be at most {MAX_LATENTS}, since indices are int32; got {n_latents} latents")
-    if k_max is None:
-        return n_latents
-    k_max = _int("k_max", k_max)
-    if k_max < 0:
-        raise ValueError(f"k_max must not be negative, got {k_max}")
-    return torch.sym_min(k_max, n_latents)
-
-
-def _rows_of_k(
-    k: int | Tensor, k_max: int | None, lead: tuple[int, ...], n_latents: int, device: torch.device
-) -> tuple[Tensor, int]:
-    """Per-row k as int32 `[rows]`, clamped to `[0, width]`, and the width `min(k_max, F)`."""
-    n_rows = math.prod(lead)
-    if isinstance(k, Tensor):
-        if k.dtype == torch.bool or k.is_floating_point() or k.is_complex():
-            raise TypeError(f"k must be an int or an integer tensor, got {_describe(k)}")
-        _require_shape("k", k, lead, "the leading shape of the data")
-        if k.device != device:
-            raise ValueError(f"k must be on the device of the data, {device}; got {k.device}")
-        k = k.reshape(-1)
-        if k.dtype == torch.uint64:
-            # From 2^63 on the values would turn negative in int64.
-            k = k.view(torch.int64)
-            k = torch.where(k < 0, torch.iinfo(torch.int64).max, k)
-        k = k.to(torch.int64)
-        width = _width(_largest(k) if k_max is None else k_max, n_latents)
-        return k.clamp(0, width).to(torch.int32), width
-    k = torch.sym_max(0, _int("k", k))
-    width = _width(k if k_max is None else k_max, n_latents)
-    return torch.full((n_rows,), torch.sym_min(k, width), dtype=torch.int32, device=device), width
-
-
-def _largest(k: Tensor) -> int:
-    if not readable(k):
-        raise ValueError(
-            "k_max must be given when k is a tensor on an accelerator or the call is traced: "
-            "reading its maximum would synchronise with the host"
-        )
-    return max(0, int(k.max())) if k.numel() else 0
+    dense, W = autocast(dense, W)
+    lead, (_, indices, counts) = flat_codes(codes, codes.values)
+    require_decoder(W, None, weight_name)
+    require_shape(dense_name, dense, (*lead, W.shape[1]), "[..., D], with the leading shape of codes")
+    require_alike(**{dense_name: dense, weight_name: W}, indices=indices)
+    return op(as_rows(dense), indices, counts, W, dispatch.requested()).view(*lead, indices.shape[1])

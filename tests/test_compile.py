@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -215,6 +216,29 @@ def test_layers_export(backend):
     autoencoder, x = torch.nn.Sequential(TopKEncoder(8, 30, k=3), SparseDecoder(30, 8)), inputs()[0].detach()
     exported = torch.export.export(autoencoder, (x,)).module()
     torch.testing.assert_close(exported(x), autoencoder(x))
+
+
+class Selections(torch.nn.Module):
+    def forward(self, pre_acts):
+        return batch_topk_select(pre_acts, 9).values, topk_select(pre_acts, 30, 5).values
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["default", "strict"])
+def test_sizes_are_exported_without_a_guard(strict):
+    """A budget and a k that may be larger or smaller than what there is: for every size of the batch one graph."""
+    rows = torch.export.Dim("rows", min=2, max=1000)
+    dynamic = {"pre_acts": {0: rows, 1: torch.export.Dim.DYNAMIC}}
+    exported = torch.export.export(Selections(), (torch.randn(5, 20),), dynamic_shapes=dynamic, strict=strict)
+    for shape in ((2, 3), (7, 40)):
+        pre_acts = torch.randn(shape)
+        for a, b in zip(exported.module()(pre_acts), Selections()(pre_acts), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_layers_compile_with_numpys_integers(backend):
+    encoder, x = TopKEncoder(8, 30, k=np.int32(3), k_max=np.int64(4)), inputs()[0].detach()
+    for a, b in zip(compiled(encoder)(x), encoder(x), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_batch_size_does_not_recompile(backend):

@@ -37,13 +37,14 @@ PUBLIC = {
 # What a module of aksae_kernels may import from the package, and beyond torch and the standard library.
 SIBLINGS = {
     "__init__": {"codes", "dispatch", "kept", "ops"},
+    "_arguments": {"codes"},
     "codes": set(),
     "dispatch": set(),
     "kept": set(),
     "operands": {"codes"},
     "reference": {"codes", "operands"},
     "testing": {"codes"},
-    "ops": {"reference", "dispatch", "codes"},
+    "ops": {"_arguments", "reference", "dispatch", "codes"},
     "layers": {"codes", "ops"},
     "optim": {"codes", "ops"},
     "backends": {"dispatch", "codes", "kept", "operands"},

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import MANY_ROWS, THREADS
 
-from aksae_kernels import SparseCodes, batch_topk_select, threshold_select, topk_select
+from aksae_kernels import (
+    SparseCodes,
+    batch_topk_select,
+    sparse_weight_grad,
+    threshold_select,
+    topk_encode,
+    topk_select,
+)
+from aksae_kernels.layers import TopKEncoder
 from aksae_kernels.testing import adversarial_rows, check_codes, codes_from_mask, selectable, topk_mask
 
 ROW_NAMES = tuple(adversarial_rows(8))
@@ -383,6 +392,10 @@ WRONG = {
     "k_max is negative": ("k_max", ValueError, lambda: topk_select(ROWS, 1, -1)),
     "k_max is a float": ("k_max", TypeError, lambda: topk_select(ROWS, 1, 2.0)),
     "k_max is a bool": ("k_max", TypeError, lambda: topk_select(ROWS, 1, True)),
+    "k is NumPy's bool": ("k", TypeError, lambda: topk_select(ROWS, np.True_)),
+    "k is NumPy's float": ("k", TypeError, lambda: topk_select(ROWS, np.float64(1))),
+    "k_max is a bool tensor": ("k_max", TypeError, lambda: topk_select(ROWS, 1, torch.tensor(True))),
+    "batch: budget is NumPy's bool": ("budget", TypeError, lambda: batch_topk_select(ROWS, np.True_)),
     "batch: pre_acts is int": ("pre_acts", TypeError, lambda: batch_topk_select(ROWS.int(), 1)),
     "batch: pre_acts has no dimension": ("pre_acts", ValueError, lambda: batch_topk_select(torch.ones(()), 1)),
     "batch: budget is a float": ("budget", TypeError, lambda: batch_topk_select(ROWS, 1.5)),
@@ -463,3 +476,32 @@ def test_more_latents_than_int32_are_refused():
     rows = torch.zeros(1, 1).expand(1, 2**31)
     with pytest.raises(ValueError, match="F must be at most"):
         topk_select(rows, 1)
+
+
+class Index:
+    """Some other library's integer."""
+
+    def __init__(self, value: int):
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, np.array, torch.tensor, Index], ids=lambda kind: kind.__name__)
+def test_whatever_is_an_index_is_an_int(integer):
+    pre_acts, x, W = torch.randn(4, 20), torch.randn(4, 7), torch.randn(20, 7)
+    codes = topk_select(pre_acts, 5)
+    if integer is not torch.tensor:
+        # A tensor is a k for each row.
+        same_codes(topk_select(pre_acts, integer(5)), codes)
+        same_codes(topk_encode(x, W, k=integer(5)), topk_encode(x, W, k=5))
+    same_codes(topk_select(pre_acts, 9, integer(5)), topk_select(pre_acts, 9, 5))
+    same_codes(topk_encode(x, W, k=9, k_max=integer(5)), topk_encode(x, W, k=9, k_max=5))
+    same_codes(batch_topk_select(pre_acts, integer(9), integer(9)), batch_topk_select(pre_acts, 9, 9))
+    same_codes(threshold_select(pre_acts, 0.5, integer(20)), threshold_select(pre_acts, 0.5, 20))
+    assert torch.equal(codes.to_dense(integer(20)), codes.to_dense(20))
+    assert torch.equal(codes.to_coo(integer(20)).to_dense(), codes.to_dense(20))
+    assert torch.equal(sparse_weight_grad(codes, x, integer(20)), sparse_weight_grad(codes, x, 20))
+    if integer is not torch.tensor:
+        assert type(TopKEncoder(integer(7), integer(20), k=integer(5)).k) is int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 import types
 import typing
@@ -108,6 +109,13 @@ class SAEConfig:
     """What the probe was fitted to read: see `TrainConfig.probe_reads`."""
     probe_lambda: float | None = None
     """Ridge penalty the probe was fitted with; None before it is fitted."""
+
+    def __post_init__(self) -> None:
+        """NumPy's integers, and whatever else is one, become ints: JSON and torch.compile take no others."""
+        for name in ("d_in", "d_sae", "k", "k_min", "k_max"):
+            value = getattr(self, name)
+            if hasattr(value, "__index__") and not isinstance(value, bool):
+                setattr(self, name, operator.index(value))
 
 
 @dataclass
