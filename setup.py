@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -36,6 +37,14 @@ CUDA_SOURCES = ("bind_cuda", "cuda/scan", "cuda/select", "cuda/encode", "cuda/sp
 # As TORCH_CUDA_ARCH_LIST has them.
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+
+
+class Build(build):
+    """Looks for torch before anything is built, so that what it says is not lost among what was copied."""
+
+    def run(self):
+        require_torch()
+        super().run()
 
 
 class BuildKernels(build_ext):
@@ -186,6 +195,6 @@ if __name__ == "__main__":
                 language="c++",
             ),
         ],
-        cmdclass={"build_ext": BuildKernels},
+        cmdclass={"build": Build, "build_ext": BuildKernels},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

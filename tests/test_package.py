@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,9 @@ import aksae_kernels
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, *arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
 
 
 def without(module: str) -> str:
@@ -37,12 +38,18 @@ def test_type_checkers_may_read_both_packages():
     assert (ROOT / "pyproject.toml").read_text().count('"py.typed"') == 2
 
 
-def test_a_build_without_torch_ends_with_one_line():
-    build = "import runpy; sys.argv = ['setup.py', 'build_ext']; runpy.run_path('setup.py', run_name='__main__')"
-    done = run(without("torch") + build)
+@pytest.mark.parametrize("command", ["bdist_wheel", "editable_wheel", "build_ext"])
+def test_a_build_without_torch_ends_with_one_line(command, tmp_path):
+    shutil.copytree(ROOT / "aksae_kernels", tmp_path / "aksae_kernels", ignore=shutil.ignore_patterns("*.so"))
+    shutil.copytree(ROOT / "python", tmp_path / "python")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    build = f"import runpy; sys.argv = ['setup.py', {command!r}]; runpy.run_path('setup.py', run_name='__main__')"
+    done = run(without("torch") + build, folder=tmp_path)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert "install torch first, then run pip install --no-build-isolation" in done.stderr.splitlines()[-1]
+    assert "copying" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("module", ["numpy", "tqdm"])
