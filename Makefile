@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 INTERPRETED := $(patsubst %,tests/test_%.py,select encode decode optim compile triton)
+NUMERICAL := $(patsubst %,tests/test_%.py,select encode decode optim kept codes screen formats losses)
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 FORMATTED := $(SOURCES) $(wildcard tests/emulation/*.h tests/emulation/*.cpp)
 
@@ -16,22 +17,40 @@ COMPAT_BIN := $(COMPAT_VENV)/bin
 COMPAT_PIP := $(COMPAT_BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPAT_INSTALLED := $(COMPAT_VENV)/.installed
 
-.PHONY: demo test test-compat bench bench-peers gpu-suite lint format
+.PHONY: demo test test-all test-slow test-interpreted test-paths test-compat test-oldest bench bench-peers gpu-suite lint format
 
 # 128-token contexts say more in their mean than in their last token, and the published phase-3 penalty, made for 250,000
 # contexts, would flatten k with the few hundred of the demo: README, "What the demo does".
 demo: $(INSTALLED)
 	$(BIN)/aksae train --output runs/demo --overwrite --probe-reads mean --phase3-penalty fitted
 
-# The second run has the op tests once more, on the Triton backend in Triton's interpreter, which must be chosen before
-# Triton is imported. It computes with NumPy, one program after the other, so a process for each core.
-test: $(INSTALLED) test-compat
-	$(BIN)/python -m pytest
+# Kernels and training, a process for each core. What takes long, or needs more than one environment, is in test-all.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+
+# Everything there is to know without a GPU; what must pass before a change lands.
+test-all: test test-slow test-interpreted test-paths test-compat test-oldest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+# The op tests once more, on the Triton backend in Triton's interpreter, which must be chosen before Triton is imported.
+test-interpreted: $(INSTALLED)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(INTERPRETED)
+
+# On the code that other CPUs run: libraries sum in other orders there, and our kernels have other vectors.
+test-paths: $(INSTALLED)
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 AKSAE_CPU_ISA=baseline \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" $(NUMERICAL)
+	MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=3 $(BIN)/python -m pytest -m "not slow" $(NUMERICAL)
 
 # With the other codebases installed.
 test-compat: $(COMPAT_INSTALLED)
 	$(COMPAT_BIN)/python -m pytest tests/compat
+
+# The oldest versions that pyproject.toml promises, and every other Python that is to be had.
+test-oldest: $(INSTALLED)
+	.ci/oldest $(BIN)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
@@ -48,6 +67,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+	$(BIN)/mypy
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
