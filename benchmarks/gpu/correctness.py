@@ -101,6 +101,26 @@ def _encode_gradients(site: Site) -> None:
         within(*found, f"the gradient of {name}")
 
 
+def sparse_encode(site: Site) -> None:
+    for codes, W, x in _products(site):
+        x, W = x.requires_grad_(), W.requires_grad_()
+        scores = _twice(ak.sparse_encode, codes, x, W)
+        upstream = site.randn(8, *scores.shape)
+        grads = _twice(torch.autograd.grad, scores, (x, W), upstream, retain_graph=True)
+        grad = dense_codes(codes._replace(values=upstream), len(W))
+        exact, lossy = (_sampled_in(dtype, codes, grad, x, W) for dtype in (torch.float64, site.dtype))
+        for name, *found in zip(
+            ("the scores", "the gradient of x", "the gradient of W_enc"), (scores, *grads), exact, lossy
+        ):
+            within(*found, name)
+
+
+def _sampled_in(dtype: torch.dtype, codes: ak.SparseCodes, grad: Tensor, x: Tensor, W: Tensor) -> tuple[Tensor, ...]:
+    """Scores at the codes and both gradients by dense products in `dtype`."""
+    grad, x, W = (tensor.detach().to(dtype) for tensor in (grad, x, W))
+    return at_codes(x @ W.T, codes), grad @ W, grad.T @ x
+
+
 def batch_topk_select(site: Site) -> None:
     for d_sae in WIDTHS:
         rows = _hostile_rows(site, d_sae)
@@ -182,6 +202,7 @@ CHECKS: dict[str, Callable[[Site], None]] = {
     for check in (
         topk_select,
         topk_encode,
+        sparse_encode,
         batch_topk_select,
         threshold_select,
         sparse_decode,
