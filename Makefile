@@ -17,7 +17,7 @@ COMPAT_BIN := $(COMPAT_VENV)/bin
 COMPAT_PIP := $(COMPAT_BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPAT_INSTALLED := $(COMPAT_VENV)/.installed
 
-.PHONY: demo test test-all test-slow test-interpreted test-paths test-compat test-oldest bench bench-peers gpu-suite lint format
+.PHONY: demo test test-all test-slow test-interpreted test-paths test-compat test-oldest bench bench-peers gpu gpu-suite lint format
 
 # 128-token contexts say more in their mean than in their last token, and the published phase-3 penalty, made for 250,000
 # contexts, would flatten k with the few hundred of the demo: README, "What the demo does".
@@ -59,7 +59,12 @@ bench-peers: $(COMPAT_INSTALLED)
 	$(COMPAT_BIN)/python -m benchmarks.peers --json benchmarks/results/peers.json
 	$(COMPAT_BIN)/python -m benchmarks.train_step --json benchmarks/results/peers.json --plot benchmarks/results/train_step.png
 
-# On a machine with an NVIDIA GPU; a second run goes on where the first one stopped.
+# Whether the kernels work on the NVIDIA GPU at hand, within 6 minutes. It installs nothing, for machines without an index:
+# torch, Triton and pytest are those of $(PYTHON).
+gpu:
+	PYTHONPATH=python:. $(PYTHON) -m benchmarks.gpu_check
+
+# All measurements on such a machine; a second run goes on where the first one stopped.
 gpu-suite: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu_suite --out benchmarks/results
 

@@ -26,11 +26,10 @@ from pathlib import Path
 import torch
 
 import aksae_kernels as ak
-from aksae_kernels import dispatch
 
 from . import machine
 from .gpu import plan, table
-from .gpu.bench import Bench
+from .gpu.bench import Bench, usable_backends
 from .gpu.ledger import Ledger, slug
 from .gpu.plan import Part
 from .gpu.targets import SHAPES, TINY
@@ -60,20 +59,6 @@ class Budget:
     def took(self, part: Part, seconds: float) -> None:
         self.planned += part.seconds
         self.spent += seconds
-
-
-def usable_backends(device: torch.device) -> tuple[str, ...]:
-    """Of ours, those for tensors of the device. The reference is an oracle, measured where there is nothing else."""
-    usable = [name for name in ak.available_backends() if _accepts(name, torch.empty(1, 1, device=device))]
-    return tuple(name for name in usable if name != "reference") or tuple(usable)
-
-
-def _accepts(backend: str, tensor: torch.Tensor) -> bool:
-    try:
-        dispatch.choose("topk_select", backend, tensor)
-    except RuntimeError:
-        return False
-    return True
 
 
 def measure(parts: Sequence[Part], bench: Bench, ledger: Ledger, budget: Budget) -> bool:

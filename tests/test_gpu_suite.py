@@ -26,7 +26,7 @@ from benchmarks.report import NotMeasured
 ROOT = Path(__file__).parent.parent
 BACKENDS = tuple(name for name in ("reference", "cpu") if name in ak.available_backends())
 RATES = {"copy, bytes/s": 1e12, "gather from L2, bytes/s": {"128 B": 1e12, "256 B": 2e12}}
-NEEDS_A_GPU = ("gemms", "graphs", "memory S1", "memory S2", "sanitizer memcheck", "sanitizer racecheck")
+NEEDS_A_GPU = ("gemms", "graphs", "memory S1", "memory S2", *(f"sanitizer {tool}" for tool in sanitizer.TOOLS))
 ARGUMENTS = ["--device", "cpu", "--tiny", "--commit", "1234567", "--backends", ",".join(BACKENDS)]
 KS = ("uniform", "spread")
 
@@ -515,27 +515,44 @@ def test_ceilings_end_in_rates(monkeypatch):
     assert rates == (2 * ceilings._COPY_BYTES, ceilings._READ_BYTES * max(ceilings.PIECES))
 
 
+@pytest.fixture
+def toy_sanitizer(tmp_path, monkeypatch):
+    """What stands for compute-sanitizer runs the given lines of shell; its arguments are $1 to $9."""
+
+    def write(lines: str) -> None:
+        binary = tmp_path / "compute-sanitizer"
+        binary.write_text(f"#!/bin/sh\n{lines}\n")
+        binary.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("status", "error", "said"),
     [(0, None, "ERROR SUMMARY: 0"), (86, AssertionError, "Error: bad read"), (3, RuntimeError, "Error: bad read")],
 )
-def test_the_verdict_of_a_sanitizer(tmp_path, status, error, said):
-    binary = tmp_path / "compute-sanitizer"
-    binary.write_text(f"#!/bin/sh\necho Error: bad read of $6 $7 $8\necho ERROR SUMMARY: 0\nexit {status}\n")
-    binary.chmod(0o755)
+def test_the_verdict_of_a_sanitizer(toy_sanitizer, status, error, said):
+    toy_sanitizer(f"echo Error: bad read of $2 $6 $7 $8\necho ERROR SUMMARY: 0\nexit {status}")
+    ended = sanitizer.watched("memcheck", 60, "benchmarks.child", "triton")
+    assert ended.output.startswith("Error: bad read of memcheck -m benchmarks.child triton")
     if error is None:
-        assert sanitizer.watched(str(binary), "memcheck", "triton", 60).startswith(said)
+        assert sanitizer.verdict(ended).startswith(said)
     else:
         with pytest.raises(error, match=said):
-            sanitizer.watched(str(binary), "memcheck", "triton", 60)
+            sanitizer.verdict(ended)
 
 
-def test_a_sanitizer_that_takes_too_long(tmp_path):
-    binary = tmp_path / "compute-sanitizer"
-    binary.write_text("#!/bin/sh\nexec sleep 60\n")
-    binary.chmod(0o755)
-    with pytest.raises(NotMeasured, match="did not end within 0 s"):
-        sanitizer.watched(str(binary), "memcheck", "triton", 0.1)
+def test_a_sanitizer_that_takes_too_long(toy_sanitizer):
+    toy_sanitizer("sleep 60; true")
+    with pytest.raises(NotMeasured, match="did not end within 1 s"):
+        sanitizer.verdict(sanitizer.watched("memcheck", 1.0, "benchmarks.child"))
+
+
+def test_a_machine_without_a_sanitizer(monkeypatch):
+    monkeypatch.setattr(sanitizer.shutil, "which", lambda name, path=None: None)
+    with pytest.raises(NotMeasured, match="not installed"):
+        sanitizer.watched("memcheck", 60, "benchmarks.child")
 
 
 def test_what_a_sanitizer_watches(monkeypatch):

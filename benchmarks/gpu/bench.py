@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import aksae_kernels as ak
+from aksae_kernels import dispatch
 
 from ..case import Contest
 from ..problem import Problem, Shape
@@ -129,6 +130,20 @@ class Bench:
         except RuntimeError:
             return False
         return True
+
+
+def usable_backends(device: torch.device) -> tuple[str, ...]:
+    """Our backends for tensors of the device. The reference is an oracle, measured where there is nothing else."""
+    usable = [name for name in ak.available_backends() if _accepts(name, torch.empty(1, 1, device=device))]
+    return tuple(name for name in usable if name != "reference") or tuple(usable)
+
+
+def _accepts(backend: str, tensor: torch.Tensor) -> bool:
+    try:
+        dispatch.choose("topk_select", backend, tensor)
+    except RuntimeError:
+        return False
+    return True
 
 
 def on(backend: str, call: Callable[[], object]) -> Callable[[], object]:
