@@ -37,6 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if INTERPRETED:
         # NumPy, which the interpreter computes with, warns of every NaN and infinity; tests make them on purpose.
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
+        # Triton 3.6's interpreter takes arrays of one element for numbers, of which NumPy warns until 2.4 refuses it.
+        deprecated = "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"
+        config.addinivalue_line("filterwarnings", deprecated)
 
 
 @dataclass(frozen=True)
