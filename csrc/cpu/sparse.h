@@ -55,6 +55,10 @@ AKSAE_INLINE void sum_pieces(int64_t n, int64_t cols, const Weight& weight, cons
   }
 }
 
+// For a long sum of scalars of which there is one for many vectors of work: more digits cost nothing there.
+template <class A>
+using WideSum = std::conditional_t<std::is_same_v<A, float>, double, long double>;
+
 template <class T>
 struct CodeRow {
   const T* values;
@@ -124,7 +128,8 @@ void decode_mse(ParallelFor run, Codes codes, Matrix W, const void* b, Matrix ta
       const CodeRow<T> code = code_row<T>(codes, row);
       A* const value_grads = value_grad ? static_cast<A*>(value_grad) + row * codes.width : nullptr;
       if (value_grads) std::fill_n(value_grads, codes.width, A(0));
-      A total = 0;
+      // Squares all have one sign: a chain of slices in A would lose more than PyTorch's sum.
+      WideSum<A> total = 0;
       for (int64_t d = 0; d < W.cols; d += kSlice<A>) {
         const int64_t cols = std::min(kSlice<A>, W.cols - d);
         decode_slice(code, W, static_cast<const T*>(b), d, cols, slice);
@@ -134,7 +139,7 @@ void decode_mse(ParallelFor run, Codes codes, Matrix W, const void* b, Matrix ta
         if (residual) std::copy_n(slice, cols, static_cast<A*>(residual) + row * W.cols + d);
         if (value_grads) add_dots<T>(code, W, d, cols, slice, value_grads);
       }
-      static_cast<A*>(loss)[row] = total;
+      static_cast<A*>(loss)[row] = A(total);
     }
   });
 }
@@ -229,8 +234,7 @@ void sparse_weight_grad(ParallelFor run, Codes codes, Matrix dense, int64_t d_sa
         }
       }
       if (sums) {
-        // One scalar for each latent: a wider chain costs nothing.
-        std::conditional_t<std::is_same_v<A, float>, double, long double> total = 0;
+        WideSum<A> total = 0;
         for (int64_t j = 0; j < n; ++j) total += columns.value[from + j];
         narrow(A(total), static_cast<T*>(sums)[f]);
       }
