@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .codes import SparseCodes, acc_dtype, check_codes, live_slots
 from .operands import exact_product, require_width
+from .ordering import best_first, selectable
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements of the largest temporary of a sparse product; rows are taken in chunks that stay below it.
@@ -48,8 +49,8 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, k_max
 def batch_topk_select(pre_acts: Tensor, budget: int, k_max: int) -> SparseCodes:
     flat = pre_acts.flatten()
     # Row-major order breaks ties by smaller row, then smaller latent.
-    best = flat.argsort(descending=True, stable=True)[:budget]
-    keep = torch.zeros_like(flat, dtype=torch.bool).scatter(0, best, _selectable(flat[best]))
+    best = best_first(flat)[:budget]
+    keep = torch.zeros_like(flat, dtype=torch.bool).scatter(0, best, selectable(flat[best]))
     return _compact(keep.view_as(pre_acts), pre_acts, k_max, pre_acts.dtype, "batch_topk_select")
 
 
@@ -155,15 +156,10 @@ def adam_step_(
         tensor.copy_(torch.where(idle, old, tensor))
 
 
-def _selectable(scores: Tensor) -> Tensor:
-    return (scores > 0) | scores.isnan()
-
-
 def _topk(scores: Tensor, k: Tensor, k_max: int, dtype: torch.dtype) -> SparseCodes:
-    # A stable descending sort is the total order of the contract: NaN, +inf, larger value, smaller index.
-    best = scores.argsort(dim=-1, descending=True, stable=True)[:, :k_max]
+    best = best_first(scores)[:, :k_max]
     rank = torch.arange(best.shape[1], device=scores.device)
-    wanted = (rank < k.unsqueeze(-1)) & _selectable(scores.gather(1, best))
+    wanted = (rank < k.unsqueeze(-1)) & selectable(scores.gather(1, best))
     keep = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, wanted)
     return _compact(keep, scores, k_max, dtype, None)
 

@@ -12,13 +12,23 @@ import torch
 from torch import Tensor
 
 from .codes import SparseCodes, live_slots
+from .ordering import best_first, selectable
+
+__all__ = [
+    "INT_MIN",
+    "adversarial_rows",
+    "check_codes",
+    "codes_from_mask",
+    "dense_codes",
+    "encode_scores",
+    "error_ratio",
+    "poison_padding",
+    "random_codes",
+    "selectable",
+    "topk_mask",
+]
 
 INT_MIN = torch.iinfo(torch.int32).min
-
-
-def selectable(scores: Tensor) -> Tensor:
-    """True where a score may be selected: `> 0`, or NaN of either sign. `-0.0` is not positive."""
-    return (scores > 0) | scores.isnan()
 
 
 def topk_mask(scores: Tensor, k: int | Tensor) -> Tensor:
@@ -26,7 +36,7 @@ def topk_mask(scores: Tensor, k: int | Tensor) -> Tensor:
 
     The total order is: NaN, then larger value, then smaller index. `k` is an int or an integer tensor `[...]`.
     """
-    best = scores.argsort(dim=-1, descending=True, stable=True)
+    best = best_first(scores)
     rank = torch.empty_like(best).scatter_(-1, best, torch.arange(scores.shape[-1]).to(best).expand_as(best))
     limit = k.to(torch.int64).unsqueeze(-1) if isinstance(k, Tensor) else min(k, scores.shape[-1])
     return selectable(scores) & (rank < limit)
