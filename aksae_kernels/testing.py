@@ -1,7 +1,8 @@
 """What a correct kernel must satisfy, as plain torch code: oracles, invariants, an error judge and hostile inputs.
 
 For tests, for benchmarks (which may not report a time before the result has passed) and for anyone who writes another
-backend. Everything here is slow and obvious on purpose, and computes in fp64 where precision matters.
+backend. Everything here is slow and obvious on purpose. Where precision matters it computes in fp64, and in
+`DoubleDouble` what judges fp64: an oracle must hold more digits than what it judges, whatever BLAS it runs on.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ import torch
 from torch import Tensor
 
 from .codes import SparseCodes, live_slots
+from .double_double import DoubleDouble
 from .ordering import best_first, selectable
 
 __all__ = [
     "INT_MIN",
+    "DoubleDouble",
     "adversarial_rows",
     "check_codes",
     "codes_from_mask",
     "dense_codes",
     "encode_scores",
     "error_ratio",
+    "exact_codes",
     "poison_padding",
     "random_codes",
     "selectable",
@@ -61,19 +65,21 @@ def encode_scores(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None) -> tupl
     """`x @ W_enc.T + b_enc` in fp64, and the error the contract allows for each score, both `[..., F]`.
 
     The bound is `(8 + 3 sqrt(D)) * u * (sum |x w| + |b|)` with `u` the unit roundoff of the accumulator: 2^-24, or
-    2^-53 for fp64 inputs. It is NaN where the score is not finite.
+    2^-53 for fp64 inputs, whose scores are rounded once from a `DoubleDouble`. It is NaN where the score is not finite.
     """
-    roundoff = 2.0**-53 if x.dtype == torch.float64 else 2.0**-24
+    in_fp64 = x.dtype == torch.float64
+    roundoff = 2.0**-53 if in_fp64 else 2.0**-24
     x, W_enc = x.double(), W_enc.double()
-    scores, magnitude = x @ W_enc.T, x.abs() @ W_enc.abs().T
+    scores, magnitude = DoubleDouble(x) @ W_enc.T if in_fp64 else x @ W_enc.T, x.abs() @ W_enc.abs().T
     if b_enc is not None:
         scores, magnitude = scores + b_enc.double(), magnitude + b_enc.double().abs()
+    scores = scores.round() if in_fp64 else scores
     return scores, (8 + 3 * math.sqrt(x.shape[-1])) * roundoff * magnitude
 
 
 def dense_codes(codes: SparseCodes, d_sae: int) -> Tensor:
-    """The live slots of `codes` as a dense fp64 `[..., d_sae]`, repeated indices summed: the oracle of every
-    product.
+    """The live slots of `codes` as a dense fp64 `[..., d_sae]`, repeated indices summed: with it, every product of
+    codes is a matrix product. Codes in fp64 that repeat an index need `exact_codes`.
     """
     live = live_slots(codes)
     dense = torch.zeros(*codes.counts.shape, d_sae, dtype=torch.float64, device=codes.values.device)
@@ -82,29 +88,43 @@ def dense_codes(codes: SparseCodes, d_sae: int) -> Tensor:
     return dense.scatter_add(-1, codes.indices.where(live, 0).long(), codes.values.double().where(live, 0))
 
 
-def error_ratio(actual: Tensor, expected: Tensor, torch_result: Tensor) -> float:
+def exact_codes(codes: SparseCodes, d_sae: int) -> DoubleDouble:
+    """The same with the digits to judge fp64: repeated indices are summed, slot by slot, in double-double."""
+    live = live_slots(codes)
+    dense = DoubleDouble(codes.values.new_zeros(*codes.counts.shape, d_sae, dtype=torch.float64))
+    for slot in range(codes.indices.shape[-1] if d_sae else 0):
+        at = codes.indices.where(live, 0)[..., slot : slot + 1].long()
+        total = dense.gather(-1, at) + codes.values.where(live, 0)[..., slot : slot + 1]
+        dense = DoubleDouble(dense.high.scatter(-1, at, total.high), dense.low.scatter(-1, at, total.low))
+    return dense
+
+
+def error_ratio(actual: Tensor, expected: Tensor | DoubleDouble, torch_result: Tensor) -> float:
     """Largest error of `actual`, in units of what PyTorch itself loses: a kernel passes at 2 or less.
 
-    Both errors are maxima over the tensor against `expected`, the fp64 oracle. `torch_result` is the same quantity by
-    plain torch ops in the dtype under test. Its error counts as at least half an ulp of the largest expected value, so
-    that a lucky exact result of PyTorch does not fail a correctly rounded one; as at least 4 ulp in fp64, where the
-    oracle itself is no better than either. Infinite where the shapes differ, or
-    where one of `actual` and `expected` is NaN or infinite and the other is not the same.
+    Both errors are maxima over the tensor against `expected`, the oracle: fp64 for narrower dtypes, `DoubleDouble` for
+    fp64, which would else be judged by what one BLAS makes of it. `torch_result` is the same quantity by plain torch
+    ops in the dtype under test. Its error counts as at least half an ulp of the largest expected value, so that a
+    lucky exact result of PyTorch does not fail a correctly rounded one. Infinite where the shapes differ, or where one
+    of `actual` and `expected` is NaN or infinite and the other is not the same. Raises TypeError for an fp64 `actual`
+    and an `expected` of no more digits.
     """
+    if actual.dtype == torch.float64 and not isinstance(expected, DoubleDouble):
+        raise TypeError("expected must be a DoubleDouble to judge float64, got a tensor")
+    expected = DoubleDouble.of(expected)
     if actual.shape != expected.shape:
         return math.inf
-    actual64 = actual.double()
-    finite = expected.isfinite()
-    if not torch.equal(finite, actual64.isfinite()) or not torch.allclose(
-        actual64[~finite], expected[~finite], rtol=0, atol=0, equal_nan=True
+    finite = expected.high.isfinite()
+    if not torch.equal(finite, actual.isfinite()) or not torch.allclose(
+        actual.double()[~finite], expected.high[~finite], rtol=0, atol=0, equal_nan=True
     ):
         return math.inf
     if not finite.any():
         return 0.0
-    ulps = 4 if actual.dtype == torch.float64 else 0.5
-    floor = ulps * torch.finfo(actual.dtype).eps * expected[finite].abs().max()
-    lost = (torch_result.double() - expected)[finite].abs().max()
-    error = (actual64 - expected)[finite].abs().max()
+    expected = expected[finite]
+    floor = 0.5 * torch.finfo(actual.dtype).eps * expected.high.abs().max()
+    lost = (expected - torch_result[finite]).high.abs().max()
+    error = (expected - actual[finite]).high.abs().max()
     return 0.0 if error == 0 else float(error / torch.maximum(lost, floor))
 
 

@@ -18,7 +18,15 @@ from aksae_kernels import (
     topk_encode,
 )
 from aksae_kernels.codes import live_slots
-from aksae_kernels.testing import INT_MIN, dense_codes, error_ratio, poison_padding, random_codes
+from aksae_kernels.testing import (
+    INT_MIN,
+    DoubleDouble,
+    dense_codes,
+    error_ratio,
+    exact_codes,
+    poison_padding,
+    random_codes,
+)
 
 SHAPES = [
     # leading dimensions, K, F, D
@@ -47,13 +55,17 @@ def rows_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
+def at_codes(products, codes: SparseCodes):
+    """`products [..., F]`, a tensor or a DoubleDouble, at the latents of `codes`, 0 in the padding."""
+    live = live_slots(codes)
+    return products.gather(-1, codes.indices.where(live, 0).long()).where(live, 0)
+
+
 def value_grad_oracle(grad: torch.Tensor, codes: SparseCodes, W: torch.Tensor) -> torch.Tensor:
     """<grad[b], W[index]> in fp64, 0 in the padding."""
-    live = live_slots(codes)
     if not W.shape[0]:
         return torch.zeros(codes.indices.shape, dtype=torch.float64, device=W.device)
-    dots = (grad.double() @ W.double().T).gather(-1, codes.indices.where(live, 0).long())
-    return dots.where(live, 0)
+    return at_codes(grad.double() @ W.double().T, codes)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -176,18 +188,27 @@ def problem(case, lead=(60,), width=40, d_sae=300, d_in=130, **kwargs):
 @pytest.mark.parametrize(("width", "d_sae", "d_in"), [(40, 300, 130), (150, 200, 33), (5, 2000, 768)])
 def test_products_lose_no_more_than_torch(case, width, d_sae, d_in, by_hand):
     codes, W, b, target = problem(case, width=width, d_sae=d_sae, d_in=d_in, by_hand=by_hand)
-    dense = dense_codes(codes, d_sae)
-    dense_torch = dense.to(case.dtype)
-    y, y_torch = dense @ W.double() + b.double(), torch.nn.functional.linear(dense_torch, W.T, b)
+    dense = exact_codes(codes, d_sae)
+    dense_torch = dense.round().to(case.dtype)
+    y, y_torch = dense @ W + b, torch.nn.functional.linear(dense_torch, W.T, b)
     assert error_ratio(sparse_decode(codes, W, b), y, y_torch) <= 2
-    loss = (y - target.double()).square().sum(-1)
+    loss = (y - target).square().sum(-1)
     loss_torch = (y_torch - target).to(accumulator(case.dtype)).square().sum(-1)
     assert error_ratio(decode_mse(codes, W, b, target), loss, loss_torch) <= 2
-    index, live = codes.indices.clamp(min=0).long(), live_slots(codes)
-    dots_torch = (target @ W.T).gather(-1, index).where(live, 0)
-    assert error_ratio(sparse_value_grad(target, codes, W), value_grad_oracle(target, codes, W), dots_torch) <= 2
-    weight, weight_torch = dense.T @ target.double(), dense_torch.T @ target
+    dots, dots_torch = at_codes(DoubleDouble(target) @ W.T, codes), at_codes(target @ W.T, codes)
+    assert error_ratio(sparse_value_grad(target, codes, W), dots, dots_torch) <= 2
+    weight, weight_torch = dense.T @ target, dense_torch.T @ target
     assert error_ratio(sparse_weight_grad(codes, target, d_sae), weight, weight_torch) <= 2
+
+
+def test_a_loss_of_many_columns_loses_no_more_than_torch(case):
+    """Thousands of squares in one sum: a chain of them, slice after slice, would lose more and more."""
+    codes, W, b, target = problem(case, (40,), width=3, d_sae=20, d_in=4096)
+    dense = exact_codes(codes, 20)
+    y, y_torch = dense @ W + b, torch.nn.functional.linear(dense.round().to(case.dtype), W.T, b)
+    loss = (y - target).square().sum(-1)
+    loss_torch = (y_torch - target).to(accumulator(case.dtype)).square().sum(-1)
+    assert error_ratio(decode_mse(codes, W, b, target), loss, loss_torch) <= 2
 
 
 def torch_decode(values, codes, W_dec, b_dec):
@@ -200,33 +221,47 @@ def torch_decode_mse(values, codes, W_dec, b_dec, target):
     return (torch_decode(values, codes, W_dec, b_dec) - target).to(accumulator(values.dtype)).square().sum(-1)
 
 
-def gradients(function, inputs, dtype=None):
-    leaves = [t.detach().to(dtype or t.dtype).clone().requires_grad_() for t in inputs]
+def upstream(out: torch.Tensor) -> torch.Tensor:
+    """A gradient for `out`, of both signs."""
+    return torch.linspace(-1, 2, out.numel(), dtype=torch.float64).view(out.shape).to(out)
+
+
+def gradients(function, inputs):
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
     out = function(*leaves)
-    weights = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).view(out.shape).to(out)
-    (out * weights).sum().backward()
+    out.backward(upstream(out))
     return [leaf.grad for leaf in leaves]
+
+
+def exact_gradients(codes, W, grad):
+    """Those of values, W_dec and b_dec where the decoded rows have the gradient `grad`, a DoubleDouble."""
+    return at_codes(grad @ W.T, codes), exact_codes(codes, len(W)).T @ grad, grad.sum(0)
 
 
 @by_hand
 def test_gradients_lose_no_more_than_torch(case, by_hand):
     codes, W, b, target = problem(case, by_hand=by_hand)
-    for name, ours, torchs, inputs in (
+    y = exact_codes(codes, len(W)) @ W + b
+    of_y = DoubleDouble(upstream(target))
+    of_loss = upstream(decode_mse(codes, W, b, target)).double()
+    of_y_by_loss = (y - target) * (2 * of_loss).unsqueeze(-1)
+    for name, ours, torchs, inputs, expected in (
         (
             "sparse_decode",
             lambda v, W, b: sparse_decode(codes._replace(values=v), W, b),
             lambda v, W, b: torch_decode(v, codes, W, b),
             (codes.values, W, b),
+            exact_gradients(codes, W, of_y),
         ),
         (
             "decode_mse",
             lambda v, W, b, t: decode_mse(codes._replace(values=v), W, b, t),
             lambda v, W, b, t: torch_decode_mse(v, codes, W, b, t),
             (codes.values, W, b, target),
+            (*exact_gradients(codes, W, of_y_by_loss), -of_y_by_loss),
         ),
     ):
         actual, by_torch = gradients(ours, inputs), gradients(torchs, inputs)
-        expected = gradients(torchs, inputs, torch.float64)
         for argument, a, e, t in zip(("values", "W_dec", "b_dec", "target"), actual, expected, by_torch, strict=False):
             assert a.dtype == case.dtype
             assert error_ratio(a, e, t) <= 2, f"{name}: {argument}"
@@ -234,16 +269,14 @@ def test_gradients_lose_no_more_than_torch(case, by_hand):
 
 def test_many_hits_of_one_latent_lose_no_more_than_torch(case):
     """Thousands of positive terms in one sum: a weight's gradient, and a bias's as the gradient of an encode has it."""
-    if case.dtype == torch.float64:
-        pytest.skip("the oracle holds no more digits than fp64 itself")
     rows = 3000
     values, dense = case.randn(rows, 1).abs(), case.randn(rows, 9, seed=1).abs()
     pattern = torch.zeros(rows, 1, dtype=torch.int32, device=case.device)
     codes = SparseCodes(values, pattern, torch.ones(rows, dtype=torch.int32, device=case.device))
-    expected = values.double().T @ dense.double()
+    expected = DoubleDouble(values).T @ dense
     assert error_ratio(sparse_weight_grad(codes, dense, 1), expected, values.T @ dense) <= 2
     _, sums = torch.ops.aksae.sparse_weight_grad(*codes, dense, 1, True, case.backend)
-    assert error_ratio(sums, values.double().sum(0), values.sum(0)) <= 2
+    assert error_ratio(sums, DoubleDouble(values).sum(0), values.sum(0)) <= 2
 
 
 def test_sums_are_not_held_in_16_bits(case):

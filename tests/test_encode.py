@@ -9,7 +9,7 @@ import torch
 from conftest import MANY_ROWS, THREADS
 
 from aksae_kernels import SparseCodes, sparse_decode, topk_encode, topk_select
-from aksae_kernels.testing import check_codes, dense_codes, encode_scores, error_ratio
+from aksae_kernels.testing import DoubleDouble, check_codes, dense_codes, encode_scores, error_ratio, exact_codes
 
 SHAPES = [
     # leading dimensions, D, F
@@ -81,7 +81,9 @@ def test_accurate_where_all_roundings_go_one_way(case, d_in):
     x = torch.ones(1, d_in, dtype=case.dtype, device=case.device)
     W_enc = (case.randn(64, 1).abs() + 0.01).expand(64, d_in).contiguous()
     scores, bound = encode_scores(x, W_enc)
-    check_codes(topk_encode(x, W_enc, k=64), scores, 64, tolerance=bound)
+    # A BLAS with long chains of additions loses more than the bound; the contract then allows twice what it loses.
+    lost_by_torch = ((x @ W_enc.T).double() - scores).abs().max()
+    check_codes(topk_encode(x, W_enc, k=64), scores, 64, tolerance=bound.clamp(min=2 * lost_by_torch))
 
 
 def test_accurate_on_very_many_latents(fp32):
@@ -112,7 +114,7 @@ def test_matmul_precision_does_not_change_the_ranking(fp32, precision):
 def test_values_lose_no_more_than_torch(case):
     x, W_enc, b_enc = random_problem(case, 50, 200, 400)
     codes = topk_encode(x, W_enc, b_enc, k=400)
-    scores, _ = encode_scores(x, W_enc, b_enc)
+    scores = DoubleDouble(x) @ W_enc.T + b_enc
     dense, live = codes.to_dense(400), codes.to_dense(400) != 0
     torch_scores = torch.nn.functional.linear(x, W_enc, b_enc)
     assert error_ratio(dense[live], scores[live], torch_scores[live]) <= 2
@@ -243,13 +245,15 @@ def test_gradients_lose_no_more_than_torch(case):
     codes = topk_encode(*problem, k=32)
     grad = case.randn(*codes.values.shape, seed=6)
     index, live = codes.indices.clamp(min=0).long(), codes.indices >= 0
+    x, W_enc, _ = problem
+    dense = exact_codes(codes._replace(values=grad), 500)
 
     def dense_values(x, W_enc, b_enc):
         return torch.nn.functional.linear(x, W_enc, b_enc).gather(-1, index)
 
     actual = gradients(lambda *inputs: topk_encode(*inputs, k=32).values, problem, grad)
     by_torch = gradients(dense_values, problem, grad.where(live, 0))
-    expected = gradients(dense_values, [t.double() for t in problem], grad.where(live, 0).double())
+    expected = dense @ W_enc, dense.T @ x, dense.sum(0)
     for name, a, e, t in zip(("x", "W_enc", "b_enc"), actual, expected, by_torch, strict=True):
         assert error_ratio(a, e, t) <= 2, name
 

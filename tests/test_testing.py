@@ -1,15 +1,135 @@
-"""The judges themselves: the total order on other devices."""
+"""The judges themselves: the arithmetic of the oracles, the error ratio, and the total order on other devices."""
 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aksae_kernels import SparseCodes, reference
-from aksae_kernels.testing import adversarial_rows, check_codes, codes_from_mask, topk_mask
+from aksae_kernels.double_double import DoubleDouble
+from aksae_kernels.testing import (
+    adversarial_rows,
+    check_codes,
+    codes_from_mask,
+    dense_codes,
+    encode_scores,
+    error_ratio,
+    exact_codes,
+    random_codes,
+    topk_mask,
+)
+
+EPS = torch.finfo(torch.float64).eps
+
+# -------------------------------------------------------------------------------------------- double-double
+
+
+def wide(*shape: int, seed: int) -> torch.Tensor:
+    """Numbers of all 53 bits and many magnitudes."""
+    generator = torch.Generator().manual_seed(seed)
+    normal, exponent = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return normal * 2 ** (20 * exponent).round()
+
+
+def fractions(value: DoubleDouble | torch.Tensor) -> list[Fraction]:
+    value = DoubleDouble.of(value)
+    parts = (part.flatten().tolist() for part in (value.high, value.low))
+    return [Fraction(high) + Fraction(low) for high, low in zip(*parts, strict=True)]
+
+
+def assert_exact(found: DoubleDouble, expected: list[Fraction], magnitude: list[Fraction]) -> None:
+    """Within 2^-100 of what is added, where fp64 itself has 2^-53."""
+    for a, e, m in zip(fractions(found), expected, magnitude, strict=True):
+        assert abs(a - e) <= m * Fraction(2) ** -100
+    assert (found.low.abs() <= EPS * found.high.abs()).all()
+
+
+@pytest.mark.parametrize("terms", [0, 1, 2, 129])
+def test_matrix_products(terms):
+    a, b = wide(4, terms, seed=1), wide(terms, 3, seed=2)
+    a_wide = DoubleDouble(a) + wide(4, terms, seed=3) * 2.0**-70
+    for left, right in ((DoubleDouble(a), b), (a_wide, b), (a_wide, DoubleDouble(b) * wide(terms, 3, seed=4))):
+        rows, columns = fractions(left), fractions(right)
+        of = lambda i, j, rows=rows, columns=columns: [rows[i * terms + t] * columns[3 * t + j] for t in range(terms)]
+        products = [of(i, j) for i in range(4) for j in range(3)]
+        magnitude = [sum(map(abs, terms_of), Fraction(0)) for terms_of in products]
+        assert_exact(left @ right, [sum(terms_of, Fraction(0)) for terms_of in products], magnitude)
+
+
+def test_a_matrix_product_does_not_depend_on_the_order_of_its_sums():
+    a, b = wide(5, 300, seed=1), wide(300, 4, seed=2)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    for permuted in (DoubleDouble(a[:, order]) @ b[order], (DoubleDouble(b.T.contiguous()) @ a.T).T):
+        assert torch.equal((DoubleDouble(a) @ b).high, permuted.high)
+    assert not torch.equal(a @ b, a[:, order] @ b[order]), "in fp64 it does, or this test shows nothing"
+
+
+def test_elementwise():
+    a, b = DoubleDouble(wide(50, seed=1)) + wide(50, seed=2), DoubleDouble(wide(50, seed=3)) + wide(50, seed=4)
+    pairs = list(zip(fractions(a), fractions(b)))
+    assert_exact(a + b, [x + y for x, y in pairs], [abs(x) + abs(y) for x, y in pairs])
+    assert_exact(a - b, [x - y for x, y in pairs], [abs(x) + abs(y) for x, y in pairs])
+    assert_exact(a * b, [x * y for x, y in pairs], [abs(x * y) for x, y in pairs])
+    assert_exact(3 * a.square(), [3 * x * x for x, _ in pairs], [3 * x * x for x, _ in pairs])
+    total = DoubleDouble(a.high.view(5, 10), a.low.view(5, 10)).sum(0)
+    columns = [fractions(a)[i::10] for i in range(10)]
+    assert_exact(total, list(map(sum, columns)), [sum(map(abs, column)) for column in columns])
+
+
+def test_nan_and_infinity():
+    a = DoubleDouble(torch.tensor([[1.0, math.inf, 2], [math.nan, 2, 3], [1, 2, 3]]))
+    ones = torch.ones(3, 1)
+    for found, expected in (
+        (a @ ones, a.high @ ones.double()),
+        (a + a, a.high + a.high),
+        (a * a, a.high * a.high),
+        (a.sum(1), a.high.sum(1)),
+    ):
+        torch.testing.assert_close(found.high, expected, rtol=0, atol=0, equal_nan=True)
+        assert (found.low == 0).all()
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("lead", [(), (4,), (0,), (2, 3)], ids=str)
+def test_exact_codes(lead, by_hand):
+    codes = random_codes(lead, 9, 5, dtype=torch.float64, by_hand=by_hand)
+    exact = exact_codes(codes, 5)
+    torch.testing.assert_close(exact.round(), dense_codes(codes, 5))
+    rows = zip(*(part.reshape(-1, *part.shape[len(lead) :]).tolist() for part in codes), strict=True)
+    expected = [Fraction(0)] * exact.high.numel()
+    for row, (values, indices, count) in enumerate(rows):
+        for value, index in zip(values[:count], indices[:count]):
+            expected[5 * row + index] += Fraction(value)
+    assert_exact(exact, expected, list(map(abs, expected)))
+    assert exact_codes(codes._replace(counts=torch.zeros_like(codes.counts)), 0).shape == (*lead, 0)
+
+
+# --------------------------------------------------------------------------------------------- error ratio
+
+
+def test_fp64_is_judged_by_more_digits_than_its_own():
+    third = DoubleDouble(torch.tensor([1.0])) - DoubleDouble(torch.tensor([2.0**-60], dtype=torch.float64))
+    one, below = torch.ones(1, dtype=torch.float64), torch.full((1,), 1 - EPS / 2, dtype=torch.float64)
+    # Half an ulp is what is granted PyTorch at least; the oracle tells 2^-60 apart.
+    assert error_ratio(one, third, one) == pytest.approx(2.0**-60 / (EPS / 2))
+    assert error_ratio(below, third, one) == pytest.approx(1, rel=0.01)
+    assert error_ratio(one - 2 * EPS, third, one) > 2
+    with pytest.raises(TypeError, match="DoubleDouble"):
+        error_ratio(one, one, one)
+    assert error_ratio(one.float(), one, one.float()) == 0
+
+
+def test_scores_in_fp64_are_rounded_once():
+    x, W, b = wide(3, 200, seed=1), wide(7, 200, seed=2), wide(7, seed=3)
+    scores, _ = encode_scores(x, W, b)
+    exact = fractions(DoubleDouble(x) @ W.T + b)
+    for score, e in zip(scores.flatten().tolist(), exact, strict=True):
+        assert abs(Fraction(score) - e) <= abs(e) * Fraction(EPS) / 2
+
 
 # ------------------------------------------------------------------------------- the order of sorts on CUDA
 
