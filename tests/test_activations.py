@@ -513,4 +513,6 @@ def test_bundled_model_is_converted_once_and_speaks_english(tmp_path, monkeypatc
         transformers.AutoModelForCausalLM, "from_config", lambda *args, **options: pytest.fail("converted")
     )
     again = LanguageModel.load(config, tmp_path)
-    assert torch.equal(again.residual(ids, mask), lm.residual(ids, mask))
+    assert all(map(torch.equal, again.model.parameters(), lm.model.parameters()))
+    # Weights that are mapped from a file need not lie as a BLAS prefers, and it may then add in another order.
+    torch.testing.assert_close(again.residual(ids, mask), lm.residual(ids, mask), rtol=1e-4, atol=1e-4)
