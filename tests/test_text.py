@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import random
+import subprocess
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +18,8 @@ import pyarrow.parquet
 import pytest
 from aksae import prose, text
 from aksae.config import TextConfig
-from aksae.errors import UserError
-from aksae.text import MIN_LOSS_TOKENS, ContextSet, documents, load_contexts
+from aksae.errors import Notice, UserError
+from aksae.text import LONGEST_DOCUMENT, MIN_LOSS_TOKENS, ContextSet, documents, load_contexts
 
 LENGTH = 32
 END = "<end>"
@@ -234,6 +237,153 @@ def test_txt_documents_end_at_form_feeds_and_two_blank_lines(tmp_path):
     ]
 
 
+def read(path, **settings) -> list[str]:
+    return [document.strip() for document in documents(TextConfig(source=str(path), **settings))]
+
+
+def test_end_of_text_separates_documents_and_blank_lines_then_do_not(tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_bytes(b"Once.\r\n\r\n\r\n\r\nThe end.\r\n<|endoftext|>\r\n\r\nTwice.\fOver.<|endoftext|>\n<|endoftext|>")
+    assert read(path) == ["Once.\n\n\n\nThe end.", "Twice.\x0cOver."]
+
+
+def test_end_of_text_far_down_separates_too(tmp_path):
+    path = tmp_path / "late.txt"
+    path.write_text("one\n\n\n" + "two " * (LONGEST_DOCUMENT // 2) + "<|endoftext|>three\n\n\nfour")
+    with pytest.warns(Notice, match="over 1,000,000 characters"):
+        found = read(path)
+    assert [found[0], *found[-2:]] == ["one", "three", "four"]
+
+
+def test_each_txt_file_of_a_folder_is_a_document(tmp_path):
+    books = tmp_path / "books"
+    (books / "b" / ".hidden").mkdir(parents=True)
+    (books / "b" / "second.TXT").write_text("line one\n\n\n\nline two\fline three\n")
+    (books / "a.txt").write_text("\ufefffirst\n\n\nbook\n")
+    (books / "c.txt").write_text("third<|endoftext|>fourth")
+    (books / "d.txt").write_text(" \n")
+    (books / "notes.md").write_text("no document")
+    (books / "b" / ".hidden" / "x.txt").write_text("no document")
+    expected = ["first\n\n\nbook", "line one\n\n\n\nline two\x0cline three", "third", "fourth"]
+    assert read(books) == expected
+    assert read(f"{books}/") == expected
+
+
+def test_folders_that_are_no_one_thing_are_named(tmp_path):
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mixed" / "a.txt").write_text("a")
+    (tmp_path / "mixed" / "b.jsonl").write_text('{"text": "b"}')
+    with pytest.raises(
+        UserError, match=r"holds .txt files \(.*a.txt\) and others \(.*b.jsonl\); needs a folder of one"
+    ):
+        read(tmp_path / "mixed")
+    with pytest.raises(UserError, match="an empty folder; needs python-prose"):
+        read(tmp_path / "empty")
+    (tmp_path / "empty" / "a.txt").touch()
+    with pytest.raises(UserError, match="empty is empty; needs at least two documents"):
+        read(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("separator", ["<|endoftext|>", "\n\n\n", "\n \n\t\n", "\f"], ids=repr)
+def test_no_separator_is_lost_between_two_reads(tmp_path, monkeypatch, separator):
+    draw = random.Random(0)
+    texts = [draw.choice("abc") * draw.randrange(1, 20) + draw.choice(["", "\n", "\n\nx"]) for _ in range(300)]
+    (tmp_path / "a.txt").write_text(separator.join(texts))
+    expected = [text.strip() for text in texts]
+    assert read(tmp_path / "a.txt") == expected
+    for size in (1, 2, 7, 64):
+        monkeypatch.setattr(text, "_READ_CHARACTERS", size)
+        # Not all read at once, to see whether <|endoftext|> is there.
+        monkeypatch.setattr(text, "LONGEST_DOCUMENT", 100)
+        assert read(tmp_path / "a.txt") == expected
+
+
+def test_a_long_document_is_read_in_parts_and_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "LONGEST_DOCUMENT", 100)
+    monkeypatch.setattr(text, "_READ_CHARACTERS", 16)
+    words = [f"word{i}" for i in range(200)]
+    whole = " ".join(words)
+    (tmp_path / "a.txt").write_text(whole)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": whole}))
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text(whole)
+    pyarrow.parquet.write_table(pa.table({"text": [whole]}), tmp_path / "a.parquet")
+    for name in ("a.txt", "a.jsonl", "a.parquet", "books"):
+        with pytest.warns(Notice, match=r"text.source: .*a\.(txt|jsonl|parquet) has a document of over 100 characters"):
+            parts = list(documents(TextConfig(source=str(tmp_path / name))))
+        assert "".join(parts) == whole
+        assert max(map(len, parts)) <= 100
+        assert all(part[0] == " " for part in parts[1:]), "cut before white space"
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    with pytest.warns(Notice, match="over 100 characters"):
+        assert "".join(documents(TextConfig(source=str(tmp_path / "a.txt")))) == "x" * 1000
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["bounded", "packed"])
+def test_blocks_of_a_document_give_the_contexts_of_the_whole(write, tokenizer, monkeypatch, packed):
+    config = write([" ".join(f"{i}word{j}" for j in range(200)) for i in range(8)], packed=packed)
+    whole = load_contexts(config, tokenizer)
+    monkeypatch.setattr(text, "_TOKENIZED_CHARACTERS", 50)
+    for one, other in zip(load_contexts(config, tokenizer), whole, strict=True):
+        np.testing.assert_array_equal(one.input_ids, other.input_ids)
+        assert one.texts == other.texts
+
+
+# Reads what a short run needs of each source; prints by how much memory grew, and how many bytes were read.
+READER = """
+import json, re, sys, warnings
+sys.path.insert(0, sys.argv[1])
+from test_text import byte_tokenizer
+from aksae.config import TextConfig
+from aksae.text import load_contexts
+
+def state():
+    peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+    return int(peak) * 1024, int(re.search(r"rchar: (\\d+)", open("/proc/self/io").read())[1])
+
+warnings.simplefilter("ignore")
+tokenizer = byte_tokenizer()
+tokenizer("some text")
+for source in sys.argv[2:]:
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts again at what is there now
+    before = state()
+    train, heldout = load_contexts(TextConfig(source=source, context_length=32, max_tokens=2000), tokenizer)
+    assert 1000 < train.loss_mask.sum() <= 1800 and 100 < heldout.loss_mask.sum() <= 200
+    print(json.dumps([now - then for then, now in zip(before, state())]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_more_is_read_than_a_short_run_needs(tmp_path):
+    draw = random.Random(0)
+    words = " ".join(f"{draw.randrange(10**6):x}" for _ in range(100_000)) + " "
+    size = 43_000_000
+    long, rows = words * (size // len(words)), [f"{n} {words[n % 600_000 :][:4000]}" for n in range(0, size, 4000)]
+    stored = {"compression": "none", "use_dictionary": False}
+    (tmp_path / "a line.txt").write_text(long)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pa.table({"text": rows}), tmp_path / "rows.parquet", **stored)
+    (tmp_path / "books").mkdir()
+    for number in range(10):
+        (tmp_path / "books" / f"{number}.txt").write_text(f"{number}{long[: size // 10]}")
+    (tmp_path / "a row.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (long, words)))
+    pyarrow.parquet.write_table(pa.table({"text": [long, words]}), tmp_path / "a row.parquet", **stored)
+    names = ("a line.txt", "rows.jsonl", "rows.parquet", "books", "a row.jsonl", "a row.parquet")
+    command = [sys.executable, "-c", READER, str(Path(__file__).parent), *(str(tmp_path / name) for name in names)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    for name, line in zip(names, done.stdout.splitlines(), strict=True):
+        memory, read = json.loads(line)
+        if name.startswith("a row"):
+            # A row is read whole, but not tokenized: the line and the text, as bytes and as characters.
+            assert memory < 5 * size, name
+            assert read < 1.1 * size, name
+        else:
+            assert memory < 60_000_000, name
+            assert read < 6_000_000, name
+
+
 def test_jsonl_and_parquet_give_the_column_row_by_row(tmp_path):
     rows = [{"n": i, "body": f"text {i}" * (i != 1)} for i in range(600)]
     expected = [row["body"] for row in rows if row["body"]]
@@ -297,9 +447,12 @@ BAD_FILES = {
     "empty jsonl": ("a.jsonl", b"", "is empty"),
     "empty parquet": ("a.parquet", b"", "as Parquet"),
     "no rows": ("a.parquet", parquet_bytes(text=pa.array([], pa.string())), "is empty"),
-    "binary": ("a.txt", b"\x89PNG\r\n\x1a\n\xff\xfe", "not UTF-8"),
-    "null bytes": ("a.txt", b"abc\0def", "not UTF-8"),
-    "latin 1": ("a.jsonl", '{"text": "é"}'.encode("latin-1"), "not UTF-8"),
+    "binary": ("a.txt", b"\x89PNG\r\n\x1a\n\xff\xfe", r"not UTF-8 text \(byte 0x89 at offset 0\); needs UTF-8"),
+    "null bytes": ("a.txt", b"abc\0def", r"not UTF-8 text \(it holds a NUL character\)"),
+    "utf-16": ("a.txt", "text".encode("utf-16"), r"byte 0xff at offset 0\); needs UTF-8: .*UTF-16\) have to be"),
+    "latin 1": ("a.jsonl", '{"text": "é"}'.encode("latin-1"), r"not UTF-8 text \(byte 0xe9 at offset 10\)"),
+    "latin 1 further on": ("a.txt", b"\xef\xbb\xbf" + b"x" * 300_000 + b"\xe9y", r"byte 0xe9 at offset 300003\)"),
+    "latin 1 in jsonl": ("a.jsonl", b'{"text": "a"}\n' * 9999 + b"\xe9\n", r"byte 0xe9 at offset 139986\)"),
     "no parquet": ("a.parquet", b"PAR1 but not really", "as Parquet"),
     "no json": ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"row 2 is not JSON"),
     "no object": ("a.jsonl", b"[1]\n", r"row 1 holds a value of type list"),
@@ -335,7 +488,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
         ({"heldout_fraction": 0.0}, "text.heldout_fraction: got 0.0"),
         ({"heldout_fraction": 1.0}, "text.heldout_fraction: got 1.0"),
         ({"heldout_fraction": float("nan")}, "text.heldout_fraction: got nan"),
-        ({"context_length": 15}, "text.context_length: got 15, needs at least 16"),
+        ({"context_length": 15}, "text.context_length: got 15, needs a number from 16 up"),
         ({"max_tokens": 100}, "text.max_tokens: got 100, needs at least 129"),
     ],
 )
@@ -354,8 +507,9 @@ def test_what_the_tokenizer_rules_out(write):
 @pytest.mark.parametrize("packed", [False, True], ids=["bounded", "packed"])
 @pytest.mark.parametrize("texts", [["too short", "as well"], letters(1)], ids=["short", "single"])
 def test_no_context_left(write, tokenizer, texts, packed):
-    with pytest.raises(UserError, match=r"leaves no (train|held-out) context"):
+    with pytest.raises(UserError, match=r"leaves no (train|held-out) context.*needs at least two documents") as raised:
         load_contexts(write(texts, packed=packed), tokenizer)
+    assert ("has a single document" if len(texts) == 1 else "has 2 distinct documents") in str(raised.value)
 
 
 # python-prose

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from .config import LabelConfig
+from .config import LabelConfig, label_file
 from .errors import UserError
 from .rubric import SCORE_MAX
-from .text import ContextSet, normalised, read_rows, user_path
+from .text import ContextSet, normalised, read_rows
 
 if TYPE_CHECKING:
     from .activations import LanguageModel
@@ -81,11 +81,7 @@ def _surprisal(contexts: ContextSet, model: LanguageModel | None, progress: bool
 
 
 def _file(contexts: ContextSet, config: LabelConfig, progress: bool) -> np.ndarray:
-    if config.file is None:
-        raise UserError("labels.file: got none, needs a .parquet or .jsonl file with text and score")
-    path = user_path(config.file, "labels.file")
-    if not path.is_file() or path.suffix.lower() not in (".parquet", ".jsonl"):
-        raise UserError(f"labels.file: got {path}, needs an existing .parquet or .jsonl file")
+    path = label_file(config)
     rows = read_rows(path, [config.text_column, config.score_column], "labels.file")
     known: dict[str, float] = {}
     for place, (text, score) in tqdm(rows, desc="label file", unit="row", disable=not progress):

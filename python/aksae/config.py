@@ -16,6 +16,11 @@ from .errors import UserError
 
 Config = TypeVar("Config")
 
+BUNDLED_MODEL, BUNDLED_TEXT = "smollm2", "python-prose"
+"""The model and the text that need no network; never taken for the name of a folder."""
+MIN_LOSS_TOKENS = 16
+"""A context with fewer loss tokens than this is dropped: too short to judge its complexity."""
+
 
 @dataclass
 class ModelConfig:
@@ -41,8 +46,11 @@ class TextConfig:
     """Which text is read, and how it is cut into contexts."""
 
     source: str = "python-prose"
-    """`python-prose` (English prose every Python installation carries), a `.txt`/`.jsonl`/`.parquet` file, or a Hugging
-    Face dataset name (streamed)."""
+    """`python-prose` (English prose every Python installation carries), a file, a folder or a dataset.
+    `.txt` file: `<|endoftext|>` separates documents; without one, form feeds and two blank lines do.
+    Folder of `.txt` files: each is a document, or several separated by `<|endoftext|>`.
+    `.jsonl`, `.parquet`, Hugging Face dataset (name or folder, streamed): each row is a document.
+    A document of over a million characters is read in parts, each a document of its own."""
     split: str = "train"
     """Split of a Hugging Face dataset; ignored for the other sources."""
     subset: str | None = None
@@ -243,15 +251,69 @@ def validate_inputs(model: ModelConfig, text: TextConfig, labels: LabelConfig) -
     """The part of `validate` that concerns what is read: model, text and labels."""
     _at_least("model.layer", model.layer, 0)
     _at_least("model.batch_size", model.batch_size, 1)
-    _at_least("text.context_length", text.context_length, 1)
-    _at_least("text.skip_first", text.skip_first, 0)
-    _at_least("text.max_tokens", text.max_tokens, 1)
-    if not 0 < text.heldout_fraction < 1:
-        raise UserError(f"text.heldout_fraction: got {text.heldout_fraction}, needs a number between 0 and 1")
-    if labels.scorer == "file" and labels.file is None:
-        raise UserError("labels.file: got none, needs a .parquet or .jsonl file for the scorer `file`")
+    validate_text(text)
+    if labels.scorer == "file":
+        label_file(labels)
     _at_least("labels.concurrency", labels.concurrency, 1)
     _at_least("labels.max_retries", labels.max_retries, 1)
+
+
+def validate_text(text: TextConfig) -> None:
+    """The part of `validate` that concerns how text is cut and split."""
+    length, fraction = text.context_length, text.heldout_fraction
+    _at_least("text.context_length", length, MIN_LOSS_TOKENS)
+    _at_least("text.skip_first", text.skip_first, 0)
+    if not 0 < fraction < 1:
+        raise UserError(f"text.heldout_fraction: got {fraction}, needs a number between 0 and 1")
+    smaller = min(fraction, 1 - fraction)
+    if text.max_tokens * smaller < length:
+        raise UserError(
+            f"text.max_tokens: got {text.max_tokens}, needs at least {int(length / smaller) + 1}, so that train and "
+            f"held-out (text.heldout_fraction {fraction}) each hold a context of {length} tokens"
+        )
+
+
+def label_file(labels: LabelConfig) -> Path:
+    """The file of the scorer `file`. Raises UserError where there is none."""
+    if labels.file is None:
+        raise UserError("labels.file: got none, needs a .parquet or .jsonl file with text and score")
+    path = user_path(labels.file, "labels.file")
+    if not path.is_file() or path.suffix.lower() not in (".parquet", ".jsonl"):
+        raise UserError(f"labels.file: got {path}, needs an existing .parquet or .jsonl file")
+    return path
+
+
+def user_path(name: str | Path, argument: str) -> Path:
+    """`name` with its `~` resolved. Raises UserError, starting with `argument`, for the home of an unknown user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{argument}: got {name}, needs a path: {error}") from error
+
+
+def absolute(config: TrainConfig) -> TrainConfig:
+    """`config` as a run's folder keeps it, with absolute paths: the run is evaluated from any working directory.
+
+    A model or a text source is a path where a file or folder of that name is there. Raises UserError for the home of
+    an unknown user.
+    """
+
+    def path(name: str | Path, argument: str) -> Path:
+        return user_path(name, argument).absolute()
+
+    def named(name: str, argument: str, bundled: str) -> str:
+        found = path(name, argument)
+        return str(found) if name != bundled and found.exists() else name
+
+    model, text, labels = config.model, config.text, config.labels
+    return dataclasses.replace(
+        config,
+        output=path(config.output, "output"),
+        cache=config.cache and path(config.cache, "cache"),
+        model=dataclasses.replace(model, name=named(model.name, "model.name", BUNDLED_MODEL)),
+        text=dataclasses.replace(text, source=named(text.source, "text.source", BUNDLED_TEXT)),
+        labels=dataclasses.replace(labels, file=labels.file and path(labels.file, "labels.file")),
+    )
 
 
 def validate_sae(config: SAEConfig) -> None:
@@ -270,6 +332,21 @@ def validate_sae(config: SAEConfig) -> None:
         _at_least("probe_lambda", config.probe_lambda, 0)
     k_name, k_max = ("k_max", config.k_max) if config.k is None else ("k", config.k)
     _within(k_name, k_max, 0, config.d_sae, "d_sae")
+
+
+def adaptive_config(config: TrainConfig, d_in: int, probe_lambda: float) -> SAEConfig:
+    """The SAE that `config` asks for, on activations of width `d_in`."""
+    return SAEConfig(
+        d_in=d_in,
+        d_sae=config.d_sae,
+        k_min=config.k_min,
+        k_max=config.k_max,
+        steepness=config.steepness,
+        score_min=config.score_min,
+        score_max=config.score_max,
+        probe_reads=config.probe_reads,
+        probe_lambda=probe_lambda,
+    )
 
 
 def cache_folder(cache: Path | None) -> Path:

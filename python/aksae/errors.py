@@ -1,4 +1,4 @@
-"""Failures a user can act on."""
+"""Failures a user can act on, and what a user should know although nothing failed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from pathlib import Path
 
 class UserError(ValueError):
     """Bad input: one clear line naming the argument, what it got and what it needs."""
+
+
+class Notice(UserWarning):
+    """Something was done otherwise than asked, and right: one line that says what. The command line prints it."""
 
 
 def missing_module(error: ModuleNotFoundError) -> BaseException:

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
-from .config import TextConfig
-from .errors import UserError
+from .config import BUNDLED_TEXT, MIN_LOSS_TOKENS, TextConfig, user_path, validate_text
+from .errors import Notice, UserError
 
-MIN_LOSS_TOKENS = 16
-"""A context with fewer loss tokens than this is dropped: too short to judge its complexity."""
+LONGEST_DOCUMENT = 1_000_000
+"""Characters of the longest document; a longer one is read in parts, each a document of its own."""
 
 _BUFFER_CHARACTERS = 8_000_000
+# Some 16 times the characters of a token: enough to mix, and no more of a long source is read than a short run needs.
+_BUFFER_PER_TOKEN = 64
+_READ_CHARACTERS = 1 << 16
+_TOKENIZED_CHARACTERS = 100_000
+_PARQUET_BYTES, _PARQUET_ROWS = 1 << 20, 256
+
+_END_OF_TEXT = re.compile(r"<\|endoftext\|>")
+_GAP = re.compile(rf"{_END_OF_TEXT.pattern}|\f|\n(?:[^\S\n\f]*\n){{2,}}")
 _FILE_TYPES = (".txt", ".jsonl", ".parquet")
-_OTHER_SOURCES = "python-prose (offline), a .txt, .jsonl or .parquet file, or a Hugging Face dataset name"
+_UTF8_NEEDED = "needs UTF-8: a binary file is no text, and other encodings (Latin-1, UTF-16) have to be converted"
+_OTHER_SOURCES = "python-prose (offline), a .txt, .jsonl or .parquet file, a folder, or a Hugging Face dataset name"
 
 
 @dataclass
@@ -51,21 +65,31 @@ def documents(config: TextConfig) -> Iterator[str]:
     """The documents of `config.source` in the order of the source, as a stream: nothing large is held in memory.
 
     - `python-prose`: see `aksae.prose.documents`.
-    - `.txt`: UTF-8; a form feed, or two or more blank lines in a row, end a document. One blank line does not.
-    - `.jsonl`, `.parquet`: one document a row, in column `config.column`.
-    - anything else: a Hugging Face dataset, or a folder `datasets` can read, streamed.
+    - a `.txt` file: UTF-8, with or without a byte order mark, any line ends. If `<|endoftext|>` occurs in the first
+      million characters, that separates the documents; else form feeds, two or more blank lines in a row, and
+      `<|endoftext|>` where it occurs further on. A single blank line separates nothing.
+    - a folder that holds `.txt` files, at any depth: each is one document, or several separated by `<|endoftext|>`, in
+      the order of their paths. Hidden files are left out.
+    - `.jsonl`, `.parquet`: one document a row, in column `config.column`; a row is read whole.
+    - anything else: a Hugging Face dataset, or a folder that `datasets` can read, streamed.
 
-    Documents of white space only are skipped. Raises `UserError` for a source that is missing, empty, unreadable, not
-    UTF-8, or has a row without a string in the column; since this is a generator, at the first such row.
+    A document of more than a million characters is given in parts of at most that, cut before white space where there
+    is some, each a document of its own; a `Notice` says so. Documents of white space only are skipped.
+
+    Raises `UserError` for a source that is missing, empty, unreadable, not UTF-8 (the byte and its place are named),
+    or has a row without a string in the column; since this is a generator, at the first such row.
     """
     source = config.source
     path = user_path(source, "text.source")
-    if source == "python-prose":
+    if source == BUNDLED_TEXT:
         from . import prose
 
         found = prose.documents()
+    elif path.is_dir():
+        files = _text_files(path)
+        found = _folder_documents(files) if files else _hub_documents(config, str(path))
     elif path.suffix.lower() in _FILE_TYPES or path.is_file() or source.startswith(("/", "./", "../", "~")):
-        found = _hub_documents(config, str(path)) if path.is_dir() else _file_documents(path, config.column)
+        found = _file_documents(path, config.column)
     else:
         found = _hub_documents(config, source)
     empty = True
@@ -78,14 +102,20 @@ def documents(config: TextConfig) -> Iterator[str]:
         raise UserError(f"text.source: {source} is empty; needs at least two documents of text")
 
 
+def check_source(config: TextConfig) -> None:
+    """Read the first document, to no other end than to raise what `documents` raises before anything is spent."""
+    next(documents(config))
+
+
 def load_contexts(config: TextConfig, tokenizer) -> tuple[ContextSet, ContextSet]:
     """Train and held-out contexts of `config.context_length` tokens, split by document.
 
-    Documents are shuffled with `config.seed` through a buffer of 8 million characters (more than all of
-    `python-prose`; a longer stream is mixed locally and read no further than needed) and de-duplicated: a text equal
-    to an earlier one up to case and white space is dropped. A document goes to the held-out side whenever that side has
-    less than `heldout_fraction` of the loss tokens so far, so both sides grow together and no document is on both.
-    Reading stops when each side has its share of `max_tokens` loss tokens; the total never exceeds `max_tokens`.
+    Documents are shuffled with `config.seed` through a buffer of 64 characters for each of `max_tokens`, at most 8
+    million (more than all of `python-prose`; a longer stream is mixed locally and read no further than needed) and
+    de-duplicated: a text equal to an earlier one up to case and white space is dropped. A document goes to the held-out
+    side whenever that side has less than `heldout_fraction` of the loss tokens so far, so both sides grow together and
+    no document is on both. Reading stops when each side has its share of `max_tokens` loss tokens; the total never
+    exceeds `max_tokens`. A document of over 100,000 characters is tokenized in blocks, and no further than needed.
 
     Not packed: contexts never cross a document boundary; the last one of a document is padded. Packed: the documents
     of each side are joined by the tokenizer's end-of-text token and cut into full contexts (the remainder is dropped),
@@ -98,30 +128,31 @@ def load_contexts(config: TextConfig, tokenizer) -> tuple[ContextSet, ContextSet
 
     Raises `UserError` where `documents` does, for a setting out of range, and if either side stays empty.
     """
-    _check(config)
+    validate_text(config)
     heldout_budget = round(config.max_tokens * config.heldout_fraction)
     cutter = _Cutter(tokenizer, config)
     train, heldout = _Side(cutter, config.max_tokens - heldout_budget), _Side(cutter, heldout_budget)
     seen: set[bytes] = set()
-    for text in _shuffled(documents(config), config.seed):
+    buffer = min(_BUFFER_CHARACTERS, _BUFFER_PER_TOKEN * config.max_tokens)
+    for text in _shuffled(documents(config), config.seed, buffer):
         digest = hashlib.blake2b(normalised(text).lower().encode(), digest_size=16).digest()
         if digest in seen:
             continue
         document = len(seen)
         seen.add(digest)
-        # `verbose` silences the warning that a document is longer than the model's window: it is cut right here.
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         behind = heldout.tokens < config.heldout_fraction * (train.tokens + heldout.tokens)
         side = heldout if (behind and not heldout.full) or train.full else train
-        side.add(document, ids)
+        side.add(document, text)
         if train.full and heldout.full:
             break
     for name, side in (("train", train), ("held-out", heldout)):
         if not side.rows:
+            number = "a single document" if len(seen) == 1 else f"{len(seen)} distinct documents"
             raise UserError(
-                f"text.source: {config.source} ({len(seen)} distinct documents) leaves no {name} context of at least "
-                f"{cutter.needed} loss tokens; needs at least two documents that long (in a .txt file, form feeds or "
-                "two blank lines separate documents), since a document is never on both sides"
+                f"text.source: {config.source} has {number}, which leaves no {name} context of at least "
+                f"{cutter.needed} loss tokens; needs at least two documents that long, since a document is never on "
+                "both sides (in a .txt file, <|endoftext|>, form feeds or two blank lines separate documents; in a "
+                "folder of .txt files each is one)"
             )
     return train.contexts(), heldout.contexts()
 
@@ -129,14 +160,6 @@ def load_contexts(config: TextConfig, tokenizer) -> tuple[ContextSet, ContextSet
 def normalised(text: str) -> str:
     """`text` with every run of white space replaced by one space, none at the ends."""
     return " ".join(text.split())
-
-
-def user_path(name: str | Path, argument: str) -> Path:
-    """`name` with its `~` resolved. Raises UserError, starting with `argument`, for the home of an unknown user."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{argument}: got {name}, needs a path: {error}") from error
 
 
 def read_rows(path: Path, columns: Sequence[str], argument: str) -> Iterator[tuple[str, list]]:
@@ -148,20 +171,6 @@ def read_rows(path: Path, columns: Sequence[str], argument: str) -> Iterator[tup
     if path.suffix.lower() == ".parquet":
         return _parquet_rows(path, columns, argument)
     return _jsonl_rows(path, columns, argument)
-
-
-def _check(config: TextConfig) -> None:
-    length, fraction = config.context_length, config.heldout_fraction
-    if length < MIN_LOSS_TOKENS:
-        raise UserError(f"text.context_length: got {length}, needs at least {MIN_LOSS_TOKENS}")
-    if not 0 < fraction < 1:
-        raise UserError(f"text.heldout_fraction: got {fraction}, needs a number strictly between 0 and 1")
-    smaller = min(fraction, 1 - fraction)
-    if config.max_tokens * smaller < length:
-        raise UserError(
-            f"text.max_tokens: got {config.max_tokens}, needs at least {int(length / smaller) + 1}, so that train and "
-            f"held-out (text.heldout_fraction {fraction}) each hold a context of {length} tokens"
-        )
 
 
 class _Cutter:
@@ -190,6 +199,17 @@ class _Cutter:
         if self.packed and self.end is None:
             raise UserError("text.packed: got True, needs a tokenizer with an end-of-text token; this one has none")
 
+    def ids(self, text: str) -> Iterator[np.ndarray]:
+        """The tokens of a document, and the end-of-text token if contexts are packed; a long document's block by block.
+
+        Whoever has enough stops early: tokenizing takes a hundred bytes of memory for each character.
+        """
+        for block in _pieces(text, _TOKENIZED_CHARACTERS):
+            # `verbose` silences the warning that it is longer than the model's window: it is cut here.
+            yield np.asarray(self.tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+        if self.packed:
+            yield np.array([self.end], np.int32)
+
 
 def _own_special_tokens(tokenizer) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after a text by itself."""
@@ -211,17 +231,25 @@ class _Side:
         self.rows: list[tuple[int, np.ndarray, np.ndarray]] = []  # document, ids, which are not special
         self._pending = np.empty((0, 2), np.int32)  # packed: (id, document) not yet cut
 
-    def add(self, document: int, ids: Sequence[int]) -> None:
+    def add(self, document: int, text: str) -> None:
+        """Cut contexts from a document until it ends or the budget is spent."""
+        body = self.cutter.body
+        stream = self._pending
+        for ids in self.cutter.ids(text):
+            stream = np.concatenate([stream, np.stack([ids, np.full_like(ids, document)], axis=1)])
+            stop = len(stream) - len(stream) % body
+            self._cut(stream[:stop])
+            stream = stream[stop:]
+            if self.full:
+                return
+        if self.cutter.packed:
+            self._pending = stream
+        else:
+            self._cut(stream)
+
+    def _cut(self, stream: np.ndarray) -> None:
         cutter = self.cutter
-        if cutter.packed:
-            ids = [*ids, cutter.end]
-        stream = np.stack([np.asarray(ids, np.int32), np.full(len(ids), document, np.int32)], axis=1)
-        stop = len(stream)
-        if cutter.packed:
-            stream = np.concatenate([self._pending, stream])
-            stop = len(stream) - len(stream) % cutter.body
-            self._pending = stream[stop:]
-        for start in range(0, stop, cutter.body):
+        for start in range(0, len(stream), cutter.body):
             piece = stream[start : start + cutter.body]
             loss = ~np.isin(piece[:, 0], cutter.special)
             count = int(loss.sum()) - cutter.skip
@@ -251,14 +279,14 @@ class _Side:
         return ContextSet(input_ids, attention_mask, loss_mask, texts, document)
 
 
-def _shuffled(texts: Iterable[str], seed: int) -> Iterator[str]:
+def _shuffled(texts: Iterable[str], seed: int, size: int) -> Iterator[str]:
     rng = random.Random(seed)
     buffer: list[str] = []
     held = 0
     for text in texts:
         buffer.append(text)
         held += len(text)
-        while held > _BUFFER_CHARACTERS:
+        while held > size:
             index = rng.randrange(len(buffer))
             buffer[index], buffer[-1] = buffer[-1], buffer[index]
             held -= len(buffer[-1])
@@ -275,42 +303,112 @@ def _file_documents(path: Path, column: str) -> Iterator[str]:
     if path.suffix.lower() not in _FILE_TYPES:
         raise UserError(f"text.source: got {path}, needs a file that ends in {', '.join(_FILE_TYPES)}")
     if path.suffix.lower() == ".txt":
-        yield from _split_at_blank_lines(_lines(path, "text.source"))
+        chunks = _chunks(path, "text.source")
+        head = "".join(itertools.islice(chunks, LONGEST_DOCUMENT // _READ_CHARACTERS + 1))
+        separator = _END_OF_TEXT if _END_OF_TEXT.search(head) else _GAP
+        yield from _split(itertools.chain([head], chunks), separator, str(path))
         return
     for place, (text,) in read_rows(path, [column], "text.source"):
         if not isinstance(text, str):
             raise UserError(f"text.source: {place}: column {column!r} holds {_kind(text)}, needs a string")
-        yield text
+        yield from _parts(text, str(path))
 
 
-def _split_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
-    block: list[str] = []
-    blank = 0
-    for line in lines:
-        *finished, line = line.split("\f")
-        for piece in finished:
-            yield "".join([*block, piece])
-            block, blank = [], 0
-        blank = 0 if line.strip() else blank + 1
-        block.append(line)
-        if blank == 2:
-            yield "".join(block)
-            block = []
-    yield "".join(block)
+def _text_files(folder: Path) -> list[Path]:
+    """The `.txt` files of a folder; none where it is a matter for `datasets`."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder))]
+    texts = [path for path in files if path.suffix.lower() == ".txt"]
+    rows = [path for path in files if path.suffix.lower() in _FILE_TYPES and path not in texts]
+    if not files:
+        raise UserError(f"text.source: got {folder}, an empty folder; needs {_OTHER_SOURCES}")
+    if texts and rows:
+        raise UserError(
+            f"text.source: got {folder}, which holds .txt files ({min(texts)}) and others ({min(rows)}); needs a "
+            "folder of one kind, or one of the files"
+        )
+    return sorted(texts)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _folder_documents(files: Iterable[Path]) -> Iterator[str]:
+    for path in files:
+        yield from _split(_chunks(path, "text.source"), _END_OF_TEXT, str(path))
+
+
+def _split(chunks: Iterable[str], separator: re.Pattern[str], name: str) -> Iterator[str]:
+    """What `separator` separates in the text that `chunks` make up, a long document in parts."""
+    held = ""
+    for chunk in chunks:
+        *whole, held = separator.split(held + chunk)
+        for document in whole:
+            yield from _parts(document, name)
+        # So much longer that no separator can begin in a part and end behind it.
+        if len(held) >= LONGEST_DOCUMENT + _READ_CHARACTERS:
+            *parts, held = _parts(held, name)
+            yield from parts
+    yield from _parts(held, name)
+
+
+def _parts(document: str, name: str) -> Iterator[str]:
+    """The document, or its parts if it is too long for one, which a `Notice` says."""
+    if len(document) > LONGEST_DOCUMENT:
+        warnings.warn(
+            f"text.source: {name} has a document of over {LONGEST_DOCUMENT:,} characters; it is read in parts of at "
+            "most that, each a document of its own, so train and held-out may hold parts of the same one",
+            Notice,
+            stacklevel=2,
+        )
+    return _pieces(document, LONGEST_DOCUMENT)
+
+
+def _pieces(text: str, length: int) -> Iterator[str]:
+    """`text` in pieces of at most `length` characters, cut before a line end or a space of a piece's second half."""
+    start = 0
+    while len(text) - start > length:
+        middle, end = start + length // 2, start + length
+        breaks = (text.rfind(character, middle, end) for character in "\n ")
+        cut = next((place for place in breaks if place > start), end)
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _chunks(path: Path, argument: str) -> Iterator[str]:
+    """The text of a file, some characters at a time: UTF-8, a byte order mark left out, line ends as one newline."""
+    with _text_file(path, argument) as file:
+        while chunk := file.read(_READ_CHARACTERS):
+            yield _without_nul(chunk, path, argument)
 
 
 def _lines(path: Path, argument: str) -> Iterator[str]:
-    problem = f"{argument}: {path} is not UTF-8 text (it looks binary); needs a text file in UTF-8"
+    with _text_file(path, argument) as file:
+        for line in file:
+            yield _without_nul(line, path, argument)
+
+
+@contextmanager
+def _text_file(path: Path, argument: str) -> Iterator[TextIO]:
+    """The file, open for reading; what goes wrong in the block is the file's fault."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            for line in file:
-                if "\0" in line:
-                    raise UserError(problem)
-                yield line
-    except UnicodeDecodeError as error:
-        raise UserError(problem) from error
+            try:
+                yield file
+            except UnicodeDecodeError as error:
+                # The decoder has been given all that was read so far; `error.object` is the end of it.
+                place = file.buffer.tell() - len(error.object) + error.start
+                found = f"byte 0x{error.object[error.start]:02x} at offset {place}"
+                raise UserError(f"{argument}: {path} is not UTF-8 text ({found}); {_UTF8_NEEDED}") from error
     except OSError as error:
         raise UserError(f"{argument}: cannot read {path}: {error.strerror}") from error
+
+
+def _without_nul(text: str, path: Path, argument: str) -> str:
+    if "\0" in text:
+        raise UserError(f"{argument}: {path} is not UTF-8 text (it holds a NUL character); {_UTF8_NEEDED}")
+    return text
 
 
 def _jsonl_rows(path: Path, columns: Sequence[str], argument: str) -> Iterator[tuple[str, list]]:
@@ -334,12 +432,17 @@ def _parquet_rows(path: Path, columns: Sequence[str], argument: str) -> Iterator
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Neither a whole column nor a whole row group: as much as a batch of about a megabyte takes.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_PARQUET_BYTES, pre_buffer=False) as file:
             _need_columns(file.schema_arrow.names, columns, f"{argument}: {path}")
-            for batch in file.iter_batches(batch_size=256, columns=list(columns)):
-                for values in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
-                    number += 1
-                    yield f"{path}, row {number}", list(values)
+            for group in range(file.num_row_groups):
+                content = file.metadata.row_group(group)
+                bytes_of_row = max(1, content.total_byte_size // max(1, content.num_rows))
+                rows = max(1, min(_PARQUET_ROWS, _PARQUET_BYTES // bytes_of_row))
+                for batch in file.iter_batches(rows, row_groups=[group], columns=list(columns)):
+                    for values in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
+                        number += 1
+                        yield f"{path}, row {number}", list(values)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{argument}: cannot read {path} as Parquet: {_first_line(error)}") from error
 
@@ -356,7 +459,7 @@ def _hub_documents(config: TextConfig, name: str) -> Iterator[str]:
             text = row[column]
             if not isinstance(text, str):
                 raise UserError(f"{argument}, row {number}: column {column!r} holds {_kind(text)}, needs a string")
-            yield text
+            yield from _parts(text, name)
     except UserError:
         raise
     except Exception as error:  # the library, its readers and its network stack raise many unrelated types
