@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import threading
 from collections import namedtuple
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from aksae.activations import ActivationStore, LanguageModel, collect, resolve_device
 from aksae.config import ModelConfig
@@ -35,6 +37,9 @@ FAMILIES = {
     ),
     "bert": lambda: transformers.BertForMaskedLM(
         transformers.BertConfig(**COMMON, intermediate_size=24, max_position_embeddings=32)
+    ),
+    "roberta": lambda: transformers.RobertaForMaskedLM(
+        transformers.RobertaConfig(**COMMON, intermediate_size=24, max_position_embeddings=34)
     ),
     "t5": lambda: transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=LAYERS, num_heads=2)
@@ -248,10 +253,49 @@ def test_layer_out_of_range_names_the_range(load, layer):
         load("llama", layer)
 
 
-def test_more_tokens_than_positions(load):
-    ids = np.ones((1, 33), dtype=np.int32)
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+def test_more_tokens_than_positions(load, family):
+    # Of RoBERTa's 34 positions the first two are never a token's.
+    lm = load(family)
+    assert lm.positions == 32
+    assert lm.residual(*np.full((2, 1, 32), 5, np.int32)).shape == (1, 32, WIDTH)
     with pytest.raises(UserError, match="context_length: got 33 tokens, needs at most 32, the positions of"):
-        load("bert").residual(ids, ids)
+        lm.residual(*np.full((2, 1, 33), 5, np.int32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "length", "message"),
+    [({"layer": 7}, 8, "model.layer: got 7, needs 0 to 2"), ({"layer": 0}, 33, "context_length: got 33 tokens")],
+)
+def test_the_configuration_is_asked_before_the_weights_are_read(saved, tmp_path, settings, length, message):
+    folder = shutil.copytree(saved("bert"), tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=message):
+        LanguageModel.load(ModelConfig(name=str(folder), **settings), tmp_path, context_length=length)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_identity_is_that_of_the_content(load, saved, family, tmp_path):
+    """A head or a pooler that the checkpoint lacks starts at random each time, and is no part of it."""
+    identity = load(family, 0).identity
+    assert load(family, 0).identity == identity
+    moved = shutil.copytree(saved(family), tmp_path / "moved")
+    config = ModelConfig(name=str(moved), layer=0, device="cpu")
+    assert LanguageModel.load(config, tmp_path).identity == identity
+    weights = safetensors.torch.load_file(moved / "model.safetensors")
+    name = next(
+        name for name, tensor in weights.items() if tensor.ndim == 2 and ".0." in name and "decoder" not in name
+    )
+    safetensors.torch.save_file({**weights, name: weights[name] * 2}, moved / "model.safetensors", {"format": "pt"})
+    other = LanguageModel.load(config, tmp_path).identity
+    assert [key for key in identity if other[key] != identity[key]] == ["model weights"]
+
+
+def test_the_identity_names_layer_and_precision(load):
+    identity = load("llama", 0).identity
+    assert [key for key, value in load("llama", 1).identity.items() if identity[key] != value] == ["model.layer"]
+    lower = load("llama", 0, dtype="bfloat16").identity
+    assert [key for key, value in lower.items() if identity[key] != value] == ["model weights", "model.dtype"]
 
 
 @pytest.mark.parametrize("name", ["warp", "cuda:99", "meta"])
@@ -501,6 +545,7 @@ def test_bundled_model_is_converted_once_and_speaks_english(tmp_path, monkeypatc
     assert (lm.d_model, lm.n_layers) == (576, 30)
     folder = next((tmp_path / "models").iterdir())
     assert (folder / "model.safetensors").exists()
+    assert re.fullmatch(r"SmolLM2.*-[0-9a-f]{16}", folder.name), "another release of the package gets another folder"
     assert not list(tmp_path.rglob("*.partial"))
 
     text = "The capital of France is Paris, and the capital of Germany is Berlin. Both are large cities in Europe."
@@ -516,3 +561,19 @@ def test_bundled_model_is_converted_once_and_speaks_english(tmp_path, monkeypatc
     assert all(map(torch.equal, again.model.parameters(), lm.model.parameters()))
     # Weights that are mapped from a file need not lie as a BLAS prefers, and it may then add in another order.
     torch.testing.assert_close(again.residual(ids, mask), lm.residual(ids, mask), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "length", "message"),
+    [
+        ({"layer": 30}, 128, r"model.layer: got 30, needs 0 to 29 \(smollm2 has 30 blocks\)"),
+        ({}, 10**6, "text.context_length: got 1000000 tokens, needs at most 8192"),
+    ],
+)
+def test_the_bundled_model_is_not_converted_for_what_it_cannot_do(tmp_path, monkeypatch, settings, length, message):
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **o: pytest.fail("converted"))
+    with pytest.raises(UserError, match=message):
+        LanguageModel.load(ModelConfig(**settings), tmp_path, context_length=length)
+    assert not list(tmp_path.rglob("*.safetensors"))

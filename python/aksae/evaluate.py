@@ -11,13 +11,34 @@ from torch import Tensor
 
 from aksae_kernels import frozen
 
-from .activations import resolve_device
-from .config import ProbeReads, TrainConfig, cache_folder, from_dict, validate
-from .data import Batch, BatchReader, Split, context_key, context_vectors, load_data
+from .activations import LanguageModel, resolve_device
+from .config import (
+    ProbeReads,
+    SAEConfig,
+    TrainConfig,
+    adaptive_config,
+    cache_folder,
+    from_dict,
+    to_dict,
+    validate,
+)
+from .data import (
+    LABELS,
+    Batch,
+    BatchReader,
+    Corpus,
+    Split,
+    collect_activations,
+    context_vectors,
+    read_scores,
+    score_corpus,
+)
 from .errors import UserError
-from .files import read_json, write_json
+from .files import WEIGHTS, read_json, write_json
+from .identity import digest_of_file, require_same
 from .metrics import ReconstructionMetrics
 from .sae import AdaptiveKSAE
+from .text import load_contexts
 
 ADAPTIVE, BASELINE = "adaptivek", "topk"
 K_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -30,30 +51,99 @@ _LATENTS, _EXAMPLES = 12, 5
 def evaluate_run(folder: Path) -> dict[str, Any]:
     """Evaluate the checkpoints of the run in `folder` again, and write and return its `eval.json`.
 
-    Raises UserError for a folder that is no run, or whose checkpoints cannot be read.
+    On what the run was trained on, or not at all: the model, the contexts and the settings are compared with what
+    `data.json` says of them, the checkpoints with the run's settings and with those that an `eval.json` that is there
+    already is of. The labels are the run's own, from `labels.safetensors`: none is asked or paid for again.
+
+    Raises UserError for a folder that is no run, for checkpoints that cannot be read or are another run's, and, naming
+    what differs, what the run had and what is there now, for anything else than the run was trained on.
     """
     config = from_dict(TrainConfig, read_json(folder / "config.json"), str(folder / "config.json"))
     validate(config)
+    models = _checkpoints(folder, config)
+    recorded = read_json(folder / "data.json", needs=dict)
+    if "labels" not in recorded:
+        raise UserError(
+            f"{folder / 'data.json'}: got a run that did not note what it was trained on, needs a newer one"
+        )
+
+    def check(got: dict[str, Any], hint: str) -> None:
+        require_same(f"{folder}: what the run was trained on", recorded, got, hint)
+
+    check(run_settings(config), "config.json says otherwise now")
+    device = resolve_device(config.device)
+    cache = cache_folder(config.cache)
+    model = LanguageModel.load(config.model, cache, context_length=config.text.context_length)
+    check(
+        model.identity,
+        f"model.name is {config.model.name}, and the run read {recorded.get('model')}; where that lies elsewhere now, "
+        "change model.name or model.revision in config.json",
+    )
+    corpus = Corpus(model, *load_contexts(config.text, model.tokenizer))
+    check(
+        corpus.identity(),
+        f"the text of {config.text.source}, its settings or, with python-prose, the installed packages have changed, "
+        "and a document trained on may now be held out",
+    )
+    scores = read_scores(folder)
+    check({"labels": scores.digest()}, f"{LABELS} is another run's")
+    if config.labels.scorer == "file":
+        now = score_corpus(corpus, config.labels, cache)
+        check({"labels": now.digest()}, f"{config.labels.file} gives other scores now")
+    data = collect_activations(corpus, scores, cache, batch_size=config.model.batch_size)
+    for sae in models.values():
+        sae.to(device, torch.float32)
+    return write_evaluation(folder, evaluate(models, data.heldout, data.tokenizer, config, device))
+
+
+def run_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide over an evaluation, and that no checkpoint tells."""
+    return {"train_on": config.train_on, "probe_reads": config.probe_reads}
+
+
+def write_evaluation(folder: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Write `eval.json` with digests of the checkpoints that it is of, and return what it holds."""
+    evaluation = {**evaluation, "checkpoints": {name: _weights_digest(folder, name) for name in evaluation["models"]}}
+    write_json(folder / "eval.json", evaluation)
+    return evaluation
+
+
+def check_evaluated(folder: Path, evaluation: Mapping[str, Any]) -> None:
+    """Raise UserError where `evaluation`, what the run's `eval.json` holds, is of other checkpoints than are there."""
+    names = [name for name in (ADAPTIVE, BASELINE) if (folder / name / WEIGHTS).is_file()]
+    require_same(
+        f"{folder / 'eval.json'}: the checkpoint that it is of",
+        evaluation.get("checkpoints"),
+        {name: _weights_digest(folder, name) for name in names},
+        "delete or move eval.json to evaluate those that are there now",
+    )
+
+
+def _weights_digest(folder: Path, name: str) -> str:
+    return digest_of_file(folder / name / WEIGHTS)
+
+
+def _checkpoints(folder: Path, config: TrainConfig) -> dict[str, AdaptiveKSAE]:
+    """The models of the run in `folder`, once they are known to be its own."""
     names = [name for name in (ADAPTIVE, BASELINE) if (folder / name).is_dir()]
     if ADAPTIVE not in names:
         raise UserError(f"{folder}: got no checkpoint folder {ADAPTIVE}, needs a run that has reached one")
-    device = resolve_device(config.device)
-    models = {name: AdaptiveKSAE.from_pretrained(folder / name).to(device, torch.float32) for name in names}
+    models = {name: AdaptiveKSAE.from_pretrained(folder / name) for name in names}
     for name, sae in models.items():
-        if sae.config.d_sae != config.d_sae or (sae.probe is None) != (name == BASELINE):
-            raise UserError(
-                f"{folder / name}: got the checkpoint of another run (d_sae {sae.config.d_sae}, k {sae.config.k}), "
-                f"needs {name} with d_sae {config.d_sae}"
-            )
-    data = load_data(config.model, config.text, config.labels, cache_folder(config.cache))
-    if read_json(folder / "data.json") != {"heldout": context_key(data.heldout.contexts)}:
-        raise UserError(
-            f"{folder}: got held-out contexts other than the run's, needs the same: the text, the tokenizer or, with "
-            "python-prose, the installed packages have changed, and a document trained on may now be held out"
-        )
-    evaluation = evaluate(models, data.heldout, data.tokenizer, config, device)
-    write_json(folder / "eval.json", evaluation)
-    return evaluation
+        has = sae.config
+        if name == ADAPTIVE:
+            wanted = adaptive_config(config, has.d_in, read_json(folder / "probe.json", needs=dict).get("lambda"))
+        else:
+            wanted = SAEConfig(has.d_in, config.d_sae, k=has.k or 1)
+        for key, value in to_dict(wanted).items():
+            if getattr(has, key) != value:
+                raise UserError(
+                    f"{folder / name}: got the checkpoint of another run ({key} {getattr(has, key)}), needs the run's "
+                    f"({key} {value})"
+                )
+    if (folder / "eval.json").exists():
+        check_evaluated(folder, read_json(folder / "eval.json", needs=dict))
+    return models
 
 
 @torch.no_grad()

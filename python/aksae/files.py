@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -90,14 +91,34 @@ def read_pickle(path: Path) -> Any:
         raise UserError(f"{path}: got a file that torch cannot read ({reason}), needs one of torch.save") from error
 
 
-def read_json(path: Path) -> Any:
-    """The JSON in `path`. Raises UserError where there is none."""
+def read_json(path: Path, needs: type = object) -> Any:
+    """The JSON in `path`. Raises UserError where there is none, or something else than `needs`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: got no such file, needs a JSON file") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: got a file that is not readable JSON ({error}), needs one") from error
+    if not isinstance(value, needs):
+        raise UserError(f"{path}: got a JSON {type(value).__name__}, needs a {needs.__name__}")
+    return value
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path itself or, where it does not exist, the nearest of the folders it would be in that does."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def check_space(*writes: tuple[str, Path, int]) -> None:
+    """Raise UserError where a disk has less room than is about to be written there: (argument, path, bytes) each."""
+    disks: dict[int, list[tuple[str, Path, int]]] = {}
+    for argument, path, size in writes:
+        disks.setdefault(nearest_folder(path).stat().st_dev, []).append((argument, path, size))
+    for there in disks.values():
+        needed, free = sum(size for _, _, size in there), shutil.disk_usage(nearest_folder(there[0][1])).free
+        if needed > free:
+            arguments = " and ".join(f"{argument} ({path})" for argument, path, _ in there)
+            raise UserError(f"{arguments}: got {free / 1e9:.2f} GB of free disk, needs {needed / 1e9:.2f} GB")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .evaluate import check_evaluated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,13 +86,15 @@ def write_report(run: Path) -> Path:
 
     Raises:
         UserError: `run` is not a folder, lacks `config.json`, `metrics.jsonl`, `probe.json` or `eval.json`, or one of
-            them is not readable as JSON; or the report cannot be written.
+            them is not readable as JSON; `eval.json` is of other checkpoints than are there; or the report cannot be
+            written.
     """
     import jinja2
 
     run = Path(run)
     config, probe, evaluation = (_read_json(run, name) for name in ("config.json", "probe.json", "eval.json"))
     metrics = _read_metrics(run)
+    check_evaluated(run, evaluation)
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import math
 import re
+from pathlib import Path
 
+from .identity import digest_of_file
 from .rubric import SCORE_MAX, combine
 
 
@@ -42,6 +45,15 @@ _GRAMMAR = _words(
 )
 _FUNCTION_WORDS = _GRAMMAR | _SUBORDINATORS | _CONNECTIVES | _REFERENCES
 """Words that carry grammar rather than content."""
+
+
+@functools.cache
+def identity() -> str:
+    """What decides over a score beside the text: this file, the weights, and the packages that count."""
+    from . import rubric
+
+    packages = [f"{name} {importlib.metadata.version(name)}" for name in ("textstat", "pyphen")]
+    return "; ".join([*packages, *(digest_of_file(Path(file)) for file in (__file__, rubric.__file__))])
 
 
 def score(text: str) -> float:

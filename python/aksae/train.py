@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +19,41 @@ from torch.optim.lr_scheduler import LambdaLR
 from aksae_kernels.optim import SAEAdam
 
 from .activations import resolve_device
-from .config import SAEConfig, TrainConfig, cache_folder, to_dict, validate
-from .data import Batch, BatchReader, Split, context_key, context_vectors, listed, load_data
-from .errors import UserError
-from .evaluate import ADAPTIVE, BASELINE, evaluate, mean_l0
-from .files import finite, write_json
+from .config import SAEConfig, TrainConfig, absolute, adaptive_config, cache_folder, to_dict, validate
+from .data import (
+    LABELS,
+    Batch,
+    BatchReader,
+    Corpus,
+    Scores,
+    Split,
+    collect_activations,
+    context_vectors,
+    listed,
+    read_corpus,
+    score_corpus,
+)
+from .errors import Notice, UserError
+from .evaluate import ADAPTIVE, BASELINE, evaluate, mean_l0, run_settings, write_evaluation
+from .files import check_space, finite, nearest_folder, write_files, write_json
 from .losses import DeadLatents, DeviationWeight, SAELoss, deviation, probe_loss, sae_loss
 from .probe import ComplexityProbe, ProbeReport
 from .sae import AdaptiveKSAE
 
 Log = Callable[[dict[str, Any]], None]
 
-_RUN_FILES = ("config.json", "data.json", "metrics.jsonl", "probe.json", ADAPTIVE, BASELINE, "eval.json", "report.html")
+_RUN_FILES = (
+    "config.json",
+    "data.json",
+    LABELS,
+    "metrics.jsonl",
+    "probe.json",
+    ADAPTIVE,
+    BASELINE,
+    "eval.json",
+    "report.html",
+)
+_PROBE_HOLDOUT = 0.2
 
 
 @dataclass(frozen=True)
@@ -50,7 +74,12 @@ def train(config: TrainConfig) -> TrainResult:
 
     Everything random follows `config.seed` and `config.text.seed`. Labels and activations are kept in the cache folder
     and used again by a run that reads the same; everything else goes to `config.output`, which is created once the
-    inputs are known to be good.
+    inputs are known to be good. What can be checked is checked before anything is spent on: settings, devices, folders
+    and the text's first document before the model is loaded; numbers of contexts and free disk, and for labels that are
+    paid for that the model can read a context, before the first label.
+
+    `data.json` in the folder says what the run was trained on, by digests of content, and `labels.safetensors` keeps
+    the labels: an evaluation refuses anything else.
 
     Raises:
         UserError: a setting or an input is bad, `config.output` holds another run, or activations or the loss become
@@ -60,19 +89,22 @@ def train(config: TrainConfig) -> TrainResult:
 
     validate(config)
     device = resolve_device(config.device)
+    resolve_device(config.model.device)
     _check_output(config)
+    cache = cache_folder(config.cache)
 
-    data = load_data(config.model, config.text, config.labels, cache_folder(config.cache))
-
-    _check_scores(config, torch.cat([data.train.labels, data.heldout.labels]))
+    corpus = read_corpus(config.model, config.text, config.labels, cache)
+    _check_corpus(config, corpus, cache)
+    scores = score_corpus(corpus, config.labels, cache)
+    _check_scores(config, scores)
+    data = collect_activations(corpus, scores, cache, batch_size=config.model.batch_size)
 
     # Phase 1: the probe, in closed form.
     probe, probe_report = fit_probe(data.train, config)
     _start_run(config)
-    # So that a later evaluation can tell whether it sees the same held-out contexts.
-    write_json(config.output / "data.json", {"heldout": context_key(data.heldout.contexts)})
-    scores = {"scored": data.scored, "failed": data.failed}
-    write_json(config.output / "probe.json", {**probe_report.to_dict(), "scores": scores})
+    _write_inputs(config, corpus, scores)
+    counts = {"scored": scores.scored, "failed": scores.failed}
+    write_json(config.output / "probe.json", {**probe_report.to_dict(), "scores": counts})
 
     # Phases 2 and 3: the SAE, first with the probe frozen, then with both.
     log = _json_lines(config.output / "metrics.jsonl")
@@ -92,36 +124,34 @@ def train(config: TrainConfig) -> TrainResult:
         models[BASELINE] = topk
 
     evaluation = evaluate(models, data.heldout, data.tokenizer, config, device)
-    write_json(config.output / "eval.json", evaluation)
+    evaluation = write_evaluation(config.output, evaluation)
     write_report(config.output)
     return TrainResult(config.output, evaluation)
 
 
 def fit_probe(split: Split, config: TrainConfig) -> tuple[ComplexityProbe, ProbeReport]:
-    """Phase 1: the probe from what it reads of each context to the context's label."""
+    """Phase 1: the probe from what it reads of each context to the context's label.
+
+    Of fewer contexts than `config.probe_folds` each is validated on in turn, which a `Notice` says.
+    """
+    fitted = len(split.labels) - round(len(split.labels) * _PROBE_HOLDOUT)
+    folds = min(config.probe_folds, fitted)
+    if folds < config.probe_folds:
+        warnings.warn(
+            f"probe_folds: got {config.probe_folds} for {fitted} contexts; validates on one after the other ({folds} "
+            "folds)",
+            Notice,
+            stacklevel=2,
+        )
     return ComplexityProbe.fit(
         context_vectors(split.store, config.probe_reads)(torch.arange(len(split.labels))),
         split.labels,
         lambdas=config.probe_lambdas,
-        folds=config.probe_folds,
+        folds=folds,
+        holdout=_PROBE_HOLDOUT,
         seed=config.seed,
         score_min=config.score_min,
         score_max=config.score_max,
-    )
-
-
-def adaptive_config(config: TrainConfig, d_in: int, probe_lambda: float) -> SAEConfig:
-    """The SAE that `config` asks for, on activations of width `d_in`."""
-    return SAEConfig(
-        d_in=d_in,
-        d_sae=config.d_sae,
-        k_min=config.k_min,
-        k_max=config.k_max,
-        steepness=config.steepness,
-        score_min=config.score_min,
-        score_max=config.score_max,
-        probe_reads=config.probe_reads,
-        probe_lambda=probe_lambda,
     )
 
 
@@ -299,7 +329,7 @@ def _check_output(config: TrainConfig) -> None:
     folder = config.output
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: got {folder}, a file, needs a folder")
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    nearest = nearest_folder(folder)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"output: got {folder}, needs a folder that can be made and written ({nearest} forbids it)")
     if not folder.exists() or not any(folder.iterdir()):
@@ -310,8 +340,38 @@ def _check_output(config: TrainConfig) -> None:
         raise UserError(f"output: got {folder}, which holds another run, needs a new folder (or overwrite)")
 
 
-def _check_scores(config: TrainConfig, labels: Tensor) -> None:
-    """Raise UserError where a label lies outside the range of scores."""
+def _check_corpus(config: TrainConfig, corpus: Corpus, cache: Path) -> None:
+    """Raise UserError where a run on these contexts is known to fail later, when labels have been paid for."""
+    _check_counts(config, len(corpus.train), len(corpus.heldout))
+    d_in, models = corpus.model.d_model, 1 + config.baseline
+    # One more than there are, since a checkpoint is complete before it replaces the last one.
+    weights = 4 * (2 * config.d_sae * d_in + config.d_sae + d_in) * (models + 1)
+    writes = [("output", config.output, weights)]
+    if config.labels.scorer == "llm":
+        rows = int(corpus.train.loss_mask.sum() + corpus.heldout.loss_mask.sum())
+        writes.append(("cache", cache, 4 * rows * d_in))
+        first = corpus.train.select([0])
+        if not corpus.model.residual(first.input_ids, first.attention_mask).cpu()[first.loss_mask].isfinite().all():
+            raise UserError(f"activations: got NaN or infinity in context 0 ({corpus.model}), needs numbers")
+    check_space(*writes)
+
+
+def _check_counts(config: TrainConfig, train: int, heldout: int) -> None:
+    """Raise UserError where contexts are too few to validate the probe, or to take a variance among held-out rows."""
+    needed = 2 if config.train_on == "last" else 1
+    if train < 2 or heldout < needed:
+        raise UserError(
+            f"text.source: {config.text.source} gives {train} train and {heldout} held-out contexts with a label, "
+            f"needs at least 2 and {needed}; more or longer documents, a shorter text.context_length, more "
+            "text.max_tokens or another text.heldout_fraction give more"
+        )
+
+
+def _check_scores(config: TrainConfig, scores: Scores) -> None:
+    """Raise UserError where too few contexts have a label, or one lies outside the range of scores."""
+    _check_counts(config, *(int((~side.isnan()).sum()) for side in (scores.train, scores.heldout)))
+    labels = torch.cat([scores.train, scores.heldout])
+    labels = labels[~labels.isnan()]
     low, high = labels.min().item(), labels.max().item()
     if low < config.score_min:
         raise UserError(f"score_min: got {config.score_min}, needs at most {low:g}, the lowest label")
@@ -321,6 +381,8 @@ def _check_scores(config: TrainConfig, labels: Tensor) -> None:
 
 def _start_run(config: TrainConfig) -> None:
     """Clear what a run to be overwritten left, and write the config."""
+    # Hours may have passed since it was first looked at.
+    _check_output(config)
     config.output.mkdir(parents=True, exist_ok=True)
     for name in _RUN_FILES:
         path = config.output / name
@@ -328,4 +390,16 @@ def _start_run(config: TrainConfig) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    write_json(config.output / "config.json", to_dict(config))
+    write_json(config.output / "config.json", to_dict(absolute(config)))
+
+
+def _write_inputs(config: TrainConfig, corpus: Corpus, scores: Scores) -> None:
+    """Write the labels, and what tells all that the run is trained on from anything else."""
+    model = corpus.model
+    trained_on = {
+        "model": f"{model.name}, revision {model.revision}" if model.revision else model.name,
+        **corpus.identity(),
+        "labels": scores.digest(),
+        **run_settings(config),
+    }
+    write_files({config.output / LABELS: scores.tensors(), config.output / "data.json": trained_on})
