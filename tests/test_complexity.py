@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from aksae import complexity, llm_labels, prose, text_stats
+from aksae import complexity, data, llm_labels, prose, text_stats
 from aksae.complexity import score_contexts
 from aksae.config import LabelConfig
 from aksae.errors import UserError
@@ -242,10 +242,18 @@ class Endpoint:
         self.tries: Counter[str] = Counter()
         self.answer: Callable[[str, int], tuple[int, str]] = lambda text, tries: (200, ratings_for(text))
         self.headers: dict[str, str] = {}
+        self.lists, self.list_status = 0, 404
         self.in_flight = self.most_in_flight = 0
         endpoint, lock = self, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                with lock:
+                    endpoint.lists += 1
+                self.send_response(endpoint.list_status)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 text = body["messages"][-1]["content"]
@@ -445,6 +453,81 @@ def test_llm_endpoint_that_is_not_there_is_bad_input(endpoint, rate):
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
         with pytest.raises(UserError, match=r"labels\.base_url: no connection to http://127\.0\.0\.1"):
             rate(*map(str, range(40)), base_url=url, max_retries=2)
+
+
+@pytest.mark.parametrize("status", [200, 401, 404, 500])
+def test_llm_asks_whether_the_endpoint_is_there_before_anything_that_costs(endpoint, rate, status):
+    endpoint.list_status = status
+    np.testing.assert_array_equal(rate("12345", "1"), [5, 1])
+    assert endpoint.lists == 1, "any answer will do"
+    rate("12345", "1")
+    assert endpoint.lists == 1, "nothing is asked where all answers are known"
+
+
+def test_llm_endpoint_that_is_not_there_costs_one_request(endpoint, rate, monkeypatch):
+    asked = []
+    monkeypatch.setattr(llm_labels, "_ask", lambda *args: asked.append(args))
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with pytest.raises(UserError, match=r"labels\.base_url: no connection to"):
+            rate("a", "b", base_url=f"http://127.0.0.1:{unused.getsockname()[1]}/v1", max_retries=2)
+    assert not asked
+
+
+def test_llm_answers_of_one_endpoint_are_not_taken_for_anothers(endpoint, rate, monkeypatch):
+    rate("12345")
+    monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url + "/")
+    rate("12345", base_url=None)
+    assert len(endpoint.requests) == 1, "the same endpoint"
+    rate("12345", base_url=endpoint.url.replace("127.0.0.1", "localhost"))
+    assert len(endpoint.requests) == 2
+
+
+# kept
+
+
+@pytest.fixture
+def keep(tmp_path, monkeypatch) -> Callable:
+    """Scores of contexts by way of the cache, and how often they were computed."""
+    calls = []
+    monkeypatch.setattr(data, "score_contexts", lambda *args, **rest: calls.append(1) or score_contexts(*args, **rest))
+
+    def kept(model=None, **settings):
+        scores = data._scores(contexts_of(SIMPLE, HARD), model, LabelConfig(**settings), tmp_path)
+        return scores.tolist(), len(calls)
+
+    return kept
+
+
+def test_kept_scores_are_those_of_the_same_statistics(keep, tmp_path, monkeypatch):
+    expected, _ = keep()
+    assert keep() == (expected, 1)
+    monkeypatch.setattr(text_stats, "identity", lambda: "another release")
+    assert keep() == (expected, 2)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_kept_scores_are_those_of_the_same_model(keep):
+    model = LossModel([1.0, 3.5])
+    model.identity = {"model weights": "1", "model.layer": 3}
+    assert keep(model, scorer="surprisal") == ([0, 5], 1)
+    model.identity = {"model weights": "1", "model.layer": 4}
+    assert keep(model, scorer="surprisal") == ([0, 5], 1), "a loss is that of no layer"
+    model.identity = {"model weights": "2", "model.layer": 3}
+    model.losses = torch.tensor([6.0, 1.0])
+    assert keep(model, scorer="surprisal") == ([10, 0], 2)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", "truncate", "other"])
+def test_kept_scores_that_are_damaged_are_computed_again(keep, tmp_path, damage):
+    expected, _ = keep()
+    (path,) = tmp_path.iterdir()
+    if damage == "other":
+        np.save(path, np.zeros(3, np.float32))
+    else:
+        path.write_bytes(path.read_bytes()[:-3] if damage == "truncate" else damage)
+    assert keep() == (expected, 2)
+    assert keep() == (expected, 2)
 
 
 def test_llm_settings_out_of_range(endpoint, rate):

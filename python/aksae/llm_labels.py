@@ -30,6 +30,7 @@ CACHE_NAME = "llm-labels.jsonl"
 _FIRST_DELAY_S = 1.0
 _LONGEST_DELAY_S = 60.0
 _TIMEOUT_S = 120.0
+_REACH_TIMEOUT_S = 20.0
 _TRY_AGAIN = {408, 409, 429}
 
 _PROMPT = (
@@ -54,19 +55,23 @@ def rate(texts: Sequence[str], config: LabelConfig, *, cache: Path | None = None
     another refusal (4xx) fails the text at once. At most `config.concurrency` requests are in flight; equal texts are
     asked about once.
 
-    With a `cache` folder each answer is appended to `llm-labels.jsonl` there as it comes, keyed by text, model and
-    prompt, so an interrupted run goes on where it stopped. Failures are not written: the next run tries them again.
+    Before the first request that costs anything the endpoint is asked for its list of models; one that gives no answer
+    at all ends the call there.
+
+    With a `cache` folder each answer is appended to `llm-labels.jsonl` there as it comes, keyed by text, prompt,
+    temperature, model and endpoint, so an interrupted run goes on where it stopped. Failures are not written: the next
+    run tries them again.
     Lines that cannot be read, such as one cut off by a crash, are ignored.
 
     The API key is OPENAI_API_KEY; with an endpoint of your own it may be missing.
 
     Raises `UserError` for settings out of range, no key for the default endpoint, a refused key or an unknown model
-    (401, 403, 404), and an endpoint to which not one connection succeeded.
+    (401, 403, 404), and an endpoint that cannot be connected to.
     """
     for name in ("concurrency", "max_retries"):
         if getattr(config, name) < 1:
             raise UserError(f"labels.{name}: got {getattr(config, name)}, needs at least 1")
-    keys = [_key(text, config.model) for text in texts]
+    keys = [_key(text, config) for text in texts]
     path = cache / CACHE_NAME if cache else None
     scores = _cached(path) if path else {}
     wanted = dict(zip(keys, texts, strict=True))
@@ -81,31 +86,21 @@ def rate(texts: Sequence[str], config: LabelConfig, *, cache: Path | None = None
 async def _rate_all(todo: Mapping[str, str], config: LabelConfig, path: Path | None, bar: tqdm) -> dict[str, float]:
     import openai
 
-    base_url = config.base_url or os.environ.get("OPENAI_BASE_URL")
+    base_url = _base_url(config)
     api_key = os.environ.get("OPENAI_API_KEY") or ("none" if base_url else None)
     if api_key is None:
         raise UserError(
             "labels.scorer: llm needs a key in OPENAI_API_KEY, or an endpoint of your own in labels.base_url"
         )
     scores: dict[str, float] = {}
-    connected, unreached = False, 0
     items = iter(todo.items())
 
     async def worker(client: openai.AsyncOpenAI, file: BinaryIO | None) -> None:
-        nonlocal connected, unreached
         for key, text in items:  # shared by the workers: each takes the next one
             try:
                 ratings = await _ask(client, text, config)
-                connected = True
-            except openai.APIConnectionError as error:
+            except openai.APIConnectionError:
                 ratings = None
-                unreached += 1
-                # A server that is not there at all: waiting for the other thousand texts would help nobody.
-                if not connected and unreached >= min(len(todo), 2 * config.concurrency):
-                    raise UserError(
-                        f"labels.base_url: no connection to {client.base_url} ({error.__cause__ or error}); "
-                        "needs a running OpenAI-compatible endpoint"
-                    ) from error
             if ratings is not None:
                 scores[key] = combine(ratings)
                 if file:
@@ -113,6 +108,7 @@ async def _rate_all(todo: Mapping[str, str], config: LabelConfig, path: Path | N
             bar.update()
 
     async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0, timeout=_TIMEOUT_S) as client:
+        await _reach(client, config)
         with _open_cache(path) if path else nullcontext() as file:
             workers = [asyncio.create_task(worker(client, file)) for _ in range(min(config.concurrency, len(todo)))]
             try:
@@ -122,6 +118,28 @@ async def _rate_all(todo: Mapping[str, str], config: LabelConfig, path: Path | N
                     task.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
     return scores
+
+
+async def _reach(client: openai.AsyncOpenAI, config: LabelConfig) -> None:
+    """Raise UserError where the endpoint is not there, by a request that costs nothing: for its list of models.
+
+    Any answer will do: an endpoint without such a list, or that keeps it from this key, may rate all the same.
+    """
+    import openai
+
+    for attempt in range(config.max_retries):
+        try:
+            await client.with_options(timeout=_REACH_TIMEOUT_S).models.list()
+            return
+        except openai.APIConnectionError as error:
+            if attempt + 1 == config.max_retries:
+                raise UserError(
+                    f"labels.base_url: no connection to {client.base_url} ({error.__cause__ or error}); "
+                    "needs a running OpenAI-compatible endpoint"
+                ) from error
+            await asyncio.sleep(_backoff(attempt))
+        except (openai.APIError, ValueError, TypeError, LookupError, AttributeError):
+            return
 
 
 async def _ask(client: openai.AsyncOpenAI, text: str, config: LabelConfig) -> dict[str, float] | None:
@@ -156,9 +174,12 @@ async def _ask(client: openai.AsyncOpenAI, text: str, config: LabelConfig) -> di
         except (openai.APIError, ValueError, TypeError, LookupError, AttributeError):
             pass  # an answer, but not one that counts
         if not last:
-            backoff = _FIRST_DELAY_S * 2**attempt * random.uniform(0.5, 1.5)
-            await asyncio.sleep(min(_LONGEST_DELAY_S, max(delay, backoff)))
+            await asyncio.sleep(min(_LONGEST_DELAY_S, max(delay, _backoff(attempt))))
     return None
+
+
+def _backoff(attempt: int) -> float:
+    return _FIRST_DELAY_S * 2**attempt * random.uniform(0.5, 1.5)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
@@ -177,8 +198,14 @@ def _run(coroutine):
         return pool.submit(asyncio.run, coroutine).result()
 
 
-def _key(text: str, model: str) -> str:
-    return hashlib.sha256(json.dumps([_PROMPT, model, text]).encode()).hexdigest()
+def _base_url(config: LabelConfig) -> str | None:
+    return config.base_url or os.environ.get("OPENAI_BASE_URL")
+
+
+def _key(text: str, config: LabelConfig) -> str:
+    # Of an endpoint of one's own, the name of a model says little.
+    asked = [_PROMPT, TEMPERATURE, (_base_url(config) or "").rstrip("/"), config.model, text]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def _cached(path: Path) -> dict[str, float]:
