@@ -15,7 +15,8 @@ Rules common to all of them:
   (`topk_encode`, `sparse_encode`, `sparse_decode`, `decode_mse`, `sparse_value_grad`, `sparse_weight_grad`) cast to
   the autocast dtype first, as `torch.nn.functional.linear` does; the selections keep the dtype they are given.
 * Results repeat bit by bit on one machine, and no selection depends on the number of threads.
-* Gradients are first-order and reverse-mode: a double backward raises, and forward-mode AD is not supported.
+* Gradients are first-order: a double backward raises. Forward-mode AD (`torch.func.jvp`, dual tensors) gives the
+  tangents of values, scores, decodes and losses, at the latents that were selected; through a backward it raises.
 * No call synchronises an accelerator with the host, and every shape follows from the arguments' shapes.
 """
 
@@ -26,6 +27,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 from . import dispatch
 from ._arguments import (
@@ -168,11 +171,55 @@ def _(param, grad, exp_avg, exp_avg_sq, grad_scale, step, lr, beta1, beta2, eps,
 
 
 # --------------------------------------------------------------------------------------------- gradients
-# A backward is made of the ops below, whose own backward raises: no second derivative is silently wrong.
+# A backward is made of the ops below, whose own derivatives raise: no second derivative is silently wrong. A tangent is
+# made of differentiable ops, the same products once more at the places that were selected.
 
 
-def _gradient(name: str, setup_context: Callable, backward: Callable) -> None:
-    torch.library.register_autograd(f"aksae::{name}", backward, setup_context=setup_context, lib=_library)
+def _gradient(name: str, setup_context: Callable, backward: Callable, forward_mode: Callable) -> None:
+    """Register the derivatives of an op: those for autograd, as `torch.library.register_autograd` takes them, and
+    `forward_mode(primal, primals, tangents)`, which returns the outputs with their tangents.
+
+    `primal()` runs the op, `primals` are its arguments, and `tangents` has None for each that is without one.
+    """
+    op = getattr(torch.ops.aksae, name).default
+    # What `register_autograd` would register; torch has no counterpart of it for forward mode.
+    reverse_mode = make_autograd_impl(op, Info(backward, setup_context))
+
+    def run(keyset, *args):
+        # Outside of a dual level no tensor has a tangent. Of levels in a compiled function Python does not hear; such a
+        # function is traced under a dispatch mode.
+        if forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
+            primals, tangents = zip(*map(_unpacked, args))
+            if any(tangent is not None for tangent in tangents):
+                return forward_mode(lambda: primal(keyset, args, primals), primals, tangents)
+        return reverse_mode(keyset, *args)
+
+    def primal(keyset, args, primals):
+        if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
+            return op(*primals)
+        # Tensors are saved with their tangents, so that a backward that needs those meets an op that refuses them.
+        with forward_ad._set_fwd_grad_enabled(False):
+            return reverse_mode(keyset, *args)
+
+    _library.impl(name, run, "Autograd", with_keyset=True)
+
+
+def _unpacked(arg: object) -> tuple[object, Tensor | None]:
+    return torch._VF._unpack_dual(arg, level=0) if isinstance(arg, Tensor) else (arg, None)
+
+
+def _dual(primal: Tensor, *parts: Tensor | None) -> Tensor:
+    """`primal` with the sum of the parts for its tangent."""
+    parts = [part for part in parts if part is not None]
+    return torch._VF._make_dual(primal, sum(parts[1:], parts[0]), level=0) if parts else primal
+
+
+def _at(dense: Tensor | None, indices: Tensor, counts: Tensor) -> Tensor | None:
+    """`dense[b, indices[b, j]]`, 0 past the counts; `dense` is `[B, F]`."""
+    if dense is None:
+        return None
+    live = live_slots(SparseCodes(indices, indices, counts))
+    return torch.where(live, dense.gather(1, torch.where(live, indices, 0).long()), 0)
 
 
 def _selection_setup(ctx, inputs, output):
@@ -187,8 +234,13 @@ def _selection_backward(ctx, grad_values, *_):
     return grad, *[None] * ctx.n_other_inputs
 
 
+def _selection_forward_mode(primal, primals, tangents):
+    values, indices, counts = primal()
+    return _dual(values, _at(tangents[0], indices, counts)), indices, counts
+
+
 for _name in ("topk_select", "batch_topk_select", "threshold_select"):
-    _gradient(_name, _selection_setup, _selection_backward)
+    _gradient(_name, _selection_setup, _selection_backward, _selection_forward_mode)
 
 
 def _encode_setup(ctx, inputs, output):
@@ -215,7 +267,22 @@ def _encoder_gradients(ctx, grad_values, wants_x, wants_W, wants_b):
     return grad_x, grad_W if wants_W else None, grad_b if wants_b else None
 
 
-_gradient("topk_encode", _encode_setup, _encode_backward)
+def _encode_forward_mode(primal, primals, tangents):
+    x, W_enc, *_, backend = primals
+    d_x, d_W, d_b, *_ = tangents
+    values, indices, counts = primal()
+    d_b = None if d_b is None else d_b.expand(len(x), -1)
+    parts = _encoder_tangents(x, d_x, indices, counts, W_enc, d_W, backend)
+    return _dual(values, *parts, _at(d_b, indices, counts)), indices, counts
+
+
+def _encoder_tangents(x, d_x, indices, counts, W_enc, d_W, backend):
+    encode = torch.ops.aksae.sparse_encode
+    yield None if d_x is None else encode(d_x, indices, counts, W_enc, backend)
+    yield None if d_W is None else encode(x, indices, counts, d_W, backend)
+
+
+_gradient("topk_encode", _encode_setup, _encode_backward, _encode_forward_mode)
 
 
 def _sparse_encode_setup(ctx, inputs, output):
@@ -231,7 +298,12 @@ def _sparse_encode_backward(ctx, grad_values):
     return grad_x, None, None, grad_W, None
 
 
-_gradient("sparse_encode", _sparse_encode_setup, _sparse_encode_backward)
+def _sparse_encode_forward_mode(primal, primals, tangents):
+    x, indices, counts, W_enc, backend = primals
+    return _dual(primal(), *_encoder_tangents(x, tangents[0], indices, counts, W_enc, tangents[3], backend))
+
+
+_gradient("sparse_encode", _sparse_encode_setup, _sparse_encode_backward, _sparse_encode_forward_mode)
 
 
 def _decode_setup(ctx, inputs, output):
@@ -252,52 +324,106 @@ def _decode_backward(ctx, grad):
     return grad_values, None, None, grad_W, grad.sum(0) if wants_b else None, None
 
 
-_gradient("sparse_decode", _decode_setup, _decode_backward)
+def _decode_forward_mode(primal, primals, tangents):
+    values, indices, counts, W_dec, _, backend = primals
+    d_values, _, _, d_W, d_b, _ = tangents
+    decode, y = torch.ops.aksae.sparse_decode, primal()
+    return _dual(
+        y,
+        None if d_values is None else decode(d_values, indices, counts, W_dec, None, backend),
+        None if d_W is None else decode(values, indices, counts, d_W, None, backend),
+        None if d_b is None else d_b.expand_as(y),
+    )
+
+
+_gradient("sparse_decode", _decode_setup, _decode_backward, _decode_forward_mode)
 
 
 def _decode_mse_setup(ctx, inputs, output):
-    values, indices, counts, W_dec, _, _, _, _, ctx.backend = inputs
+    values, indices, counts, W_dec, b_dec, target, has_residual, has_value_grad, ctx.backend = inputs
+    wants_values, _, _, *others = ctx.needs_input_grad[:6]
+    for name, given, wanted in (("residual", has_residual, any(others)), ("value_grad", has_value_grad, wants_values)):
+        if wanted and not given:
+            raise ValueError(f"aksae::decode_mse: {name} must be True for the gradients that are asked for, got False")
     _, residual, value_grad = output
-    ctx.d_sae, ctx.dtype = W_dec.shape[0], values.dtype
-    ctx.save_for_backward(values if ctx.needs_input_grad[3] else None, indices, counts, residual, value_grad)
+    # They are there for the backward alone: to autograd they are constants.
+    ctx.mark_non_differentiable(residual, value_grad)
     ctx.set_materialize_grads(False)
+    ctx.save_for_backward(values, indices, counts, W_dec, b_dec, target, residual, value_grad)
 
 
-def _decode_mse_backward(ctx, grad_loss, grad_residual, grad_value_grad):
-    if grad_residual is not None or grad_value_grad is not None:
-        _raise_double_backward()
+def _decode_mse_backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 9
-    values, indices, counts, residual, value_grad = ctx.saved_tensors
+    *inputs, residual, value_grad = ctx.saved_tensors
+    values, indices, counts, W_dec, _, _ = inputs
     wants_values, _, _, wants_W, wants_b, wants_target = ctx.needs_input_grad[:6]
     # d loss[b] = 2 <residual[b], d y[b]>; the forward left residual and <residual[b], W_dec[indices[b, j]]>.
     scale = 2 * grad_loss.unsqueeze(-1)
-    grad_values = None
-    if wants_values:
+    is_differentiated = torch.is_grad_enabled()
+    if is_differentiated:
+        # A second derivative has to find the inputs, and on its way the ops that refuse it.
+        residual = _residual(*inputs, ctx.backend)
+    grad_values = grad_W = grad_b = grad_target = None
+    if wants_values and not is_differentiated:
         # Blanked last: a NaN in grad_loss must not reach the padding.
         live = live_slots(SparseCodes(value_grad, indices, counts))
-        grad_values = torch.where(live, scale * value_grad, 0).to(ctx.dtype)
-    grad_W = grad_b = grad_target = None
-    if wants_W or wants_b or wants_target:
+        grad_values = torch.where(live, scale * value_grad, 0).to(values.dtype)
+    if wants_W or wants_b or wants_target or is_differentiated:
         grad_y = scale * residual
+        rounded = grad_y.to(values.dtype)
+        if wants_values and is_differentiated:
+            grad_values = torch.ops.aksae.sparse_value_grad(rounded, indices, counts, W_dec, ctx.backend)
         if wants_W:
             grad_W, _ = torch.ops.aksae.sparse_weight_grad(
-                values, indices, counts, grad_y.to(ctx.dtype), ctx.d_sae, False, ctx.backend
+                values, indices, counts, rounded, W_dec.shape[0], False, ctx.backend
             )
-        grad_b = grad_y.sum(0).to(ctx.dtype) if wants_b else None
-        grad_target = -grad_y.to(ctx.dtype) if wants_target else None
+        grad_b = grad_y.sum(0).to(values.dtype) if wants_b else None
+        grad_target = -rounded if wants_target else None
     return grad_values, None, None, grad_W, grad_b, grad_target, None, None, None
 
 
-_gradient("decode_mse", _decode_mse_setup, _decode_mse_backward)
+def _residual(values, indices, counts, W_dec, b_dec, target, backend):
+    """What `decode_mse` squares, differentiable in either mode, in the accumulation dtype."""
+    acc = acc_dtype(values.dtype)
+    b_dec = None if b_dec is None else b_dec.to(acc)
+    return torch.ops.aksae.sparse_decode(values.to(acc), indices, counts, W_dec.to(acc), b_dec, backend) - target
 
 
-def _raise_double_backward(*_):
-    raise RuntimeError("aksae ops have no second derivative: their backward cannot be differentiated")
+def _decode_mse_forward_mode(primal, primals, tangents):
+    # All from ops with derivatives in either mode: `primal` gives helper outputs without any.
+    *inputs, has_residual, has_value_grad, backend = map(_dual, primals, tangents)
+    _, indices, counts, W_dec, _, _ = inputs
+    residual = _residual(*inputs, backend)
+    nothing = residual.new_empty(0, 0)
+    value_grad = nothing
+    if has_value_grad:
+        value_grad = torch.ops.aksae.sparse_encode(residual, indices, counts, W_dec.to(residual.dtype), backend)
+    return residual.square().sum(-1), residual if has_residual else nothing, value_grad
 
 
-for _name in ("sparse_input_grad", "sparse_value_grad", "sparse_weight_grad", "scatter_codes"):
-    _gradient(_name, lambda ctx, inputs, output: None, _raise_double_backward)
+_gradient("decode_mse", _decode_mse_setup, _decode_mse_backward, _decode_mse_forward_mode)
+
+
+def _without_derivative(name: str) -> None:
+    """Of what only a backward or an optimizer calls: a derivative of either mode raises."""
+
+    def backward(*_):
+        raise RuntimeError(
+            f"aksae::{name} cannot be differentiated: aksae ops have no second derivative, so their backward has none"
+        )
+
+    def forward_mode(*_):
+        raise RuntimeError(
+            f"aksae::{name} has no forward-mode derivative, and got a tensor with a tangent: detach it, or use the ops "
+            "that have one, the selections, encodes and decodes"
+        )
+
+    _gradient(name, lambda ctx, inputs, output: None, backward, forward_mode)
+
+
+for _name in ("sparse_input_grad", "sparse_value_grad", "sparse_weight_grad", "scatter_codes", "adam_step_"):
+    _without_derivative(_name)
 
 # ------------------------------------------------------------------------------------- public functions
 

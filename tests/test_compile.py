@@ -64,6 +64,8 @@ def samples(case) -> dict[str, list[tuple]]:
         "decode_mse": [
             (values, indices, counts, W, b_dec, target, True, True),
             (values, indices, counts, W, None, target, True, True),
+            (values, indices, counts, plain["W"], b_dec.detach(), plain["target"], False, True),
+            (plain["values"], indices, counts, W, b_dec, plain["target"], True, False),
             (plain["values"], indices, counts, plain["W"], None, plain["target"], True, True),
             (plain["values"], indices, counts, plain["W"], None, plain["target"], False, False),
         ],
@@ -89,12 +91,18 @@ OPS = sorted(
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(case, op):
     for arguments in samples(case)[op]:
-        differentiable = any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
-        checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-        if op == "decode_mse" and differentiable:
-            # It would differentiate the residual, which the backward refuses; test_fullgraph_* cover the loss.
-            checks.remove("test_aot_dispatch_dynamic")
-        torch.library.opcheck(getattr(torch.ops.aksae, op).default, (*arguments, case.backend), test_utils=checks)
+        torch.library.opcheck(getattr(torch.ops.aksae, op).default, (*arguments, case.backend))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck_with_parameters_and_no_grad(fp32, op):
+    """As a backward and an optimizer call what has no derivative; the other ops may be called so, too."""
+    for arguments in samples(fp32)[op]:
+        for a in arguments:
+            if isinstance(a, torch.Tensor) and a.is_floating_point():
+                a.requires_grad_()
+        with torch.no_grad():
+            torch.library.opcheck(getattr(torch.ops.aksae, op).default, (*arguments, fp32.backend))
 
 
 # ------------------------------------------------------------------------------------------------ fake tensors

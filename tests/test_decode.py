@@ -491,19 +491,47 @@ def test_each_gradient_alone(fp32, wanted):
 
 @pytest.mark.parametrize("wanted", range(2), ids=["values", "W_dec"])
 @pytest.mark.parametrize("op", ["sparse_decode", "decode_mse"])
-def test_double_backward_raises(fp32, op, wanted):
+@pytest.mark.parametrize("reduce", [torch.sum, lambda out: out.square().sum()], ids=["sum", "squares"])
+def test_double_backward_raises(fp32, op, wanted, reduce):
     codes, W, b, target = problem(fp32, (7,), 5, 30, 11)
     leaves = [t.detach().requires_grad_() for t in (codes.values, W)]
     codes = codes._replace(values=leaves[0])
     out = sparse_decode(codes, leaves[1], b) if op == "sparse_decode" else decode_mse(codes, leaves[1], b, target)
 
     def twice():
-        (grad,) = torch.autograd.grad(out.square().sum(), leaves[wanted], create_graph=True)
+        (grad,) = torch.autograd.grad(reduce(out), leaves[wanted], create_graph=True)
         # The other terms see to it that a gradient which lost its graph is not an error by itself.
         (grad.square().sum() + leaves[0].sum() + leaves[1].sum()).backward()
 
     with pytest.raises(RuntimeError):
         twice()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_second_derivatives_of_decode_mse_that_exist_are_right(dtype):
+    """Those by b_dec and target: a backward that is differentiated finds them in the decode. Its gradients stay."""
+    codes = random_codes((7,), 5, 30, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    W, b, target = (
+        torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype) for s in ((30, 11), (11,), (7, 11))
+    )
+    leaves = [t.requires_grad_() for t in (codes.values, W, b, target)]
+    loss = decode_mse(codes, W, b, target).double().square().sum()
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, create_graph=True)
+    for a, expected in zip(again, once, strict=True):
+        torch.testing.assert_close(a, expected)
+    if dtype == torch.float64:
+        assert torch.autograd.gradgradcheck(lambda b, target: decode_mse(codes, W.detach(), b, target), leaves[2:])
+
+
+def test_decode_mse_is_not_differentiated_by_what_it_did_not_keep(fp32):
+    (values, *pattern), W, b, target = problem(fp32, (7,), 5, 30, 11)
+    with pytest.raises(ValueError, match=r"decode_mse: residual must be True"):
+        torch.ops.aksae.decode_mse(values, *pattern, W.requires_grad_(), b, target, False, True, fp32.backend)
+    values.requires_grad_()
+    with pytest.raises(ValueError, match=r"decode_mse: value_grad must be True"):
+        torch.ops.aksae.decode_mse(values, *pattern, W.detach(), b, target, True, False, fp32.backend)
 
 
 def test_backward_may_run_again(fp32):

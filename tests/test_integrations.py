@@ -484,6 +484,15 @@ def test_from_dense_refuses_what_codes_do_not_hold(value):
     assert sparse.from_dense(acts) is None
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_from_dense_refuses_what_has_a_tangent():
+    acts = torch.zeros(4, 160)
+    acts[:, 3] = 1
+    with torch.autograd.forward_ad.dual_level():
+        assert sparse.from_dense(torch.autograd.forward_ad.make_dual(acts, torch.ones_like(acts))) is None
+    assert sparse.from_dense(acts) is not None
+
+
 def test_from_dense_refuses_many_and_what_learns():
     acts = torch.zeros(5, 200)
     acts[3, :100] = 1

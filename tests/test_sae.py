@@ -247,3 +247,27 @@ def test_a_failed_save_keeps_the_old_checkpoint(checkpoint, monkeypatch):
         other.save_pretrained(checkpoint)
     assert AdaptiveKSAE.from_pretrained(checkpoint).W_enc.any()
     assert sorted(os.listdir(checkpoint)) == ["config.json", "sae.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["constants", "parameters"])
+@pytest.mark.parametrize("name", ["x", "W_enc", "b_enc", "W_dec", "b_dec"])
+def test_forward_mode_finds_every_parameter(name, requires_grad):
+    """b_dec too, which without its gradient is not led around the encoder's input."""
+    sae = AdaptiveKSAE(SAEConfig(d_in=6, d_sae=20, k=3), generator=torch.Generator().manual_seed(0)).double()
+    sae.requires_grad_(requires_grad)
+    generator = torch.Generator().manual_seed(1)
+    inputs = {"x": torch.randn(4, 6, generator=generator, dtype=torch.float64)} | dict(sae.named_parameters())
+    direction = torch.randn(inputs[name].shape, generator=generator, dtype=torch.float64)
+
+    def reconstruction(value):
+        values = inputs | {name: value}
+        return torch.func.functional_call(sae, values, (values.pop("x"),))
+
+    with torch.no_grad():
+        step = 1e-6 * direction
+        expected = (reconstruction(inputs[name] + step) - reconstruction(inputs[name] - step)) / 2e-6
+    torch.testing.assert_close(torch.func.jvp(reconstruction, (inputs[name],), (direction,))[1], expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = reconstruction(torch.autograd.forward_ad.make_dual(inputs[name], direction))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected)

@@ -39,7 +39,7 @@ from .. import SparseCodes, sparse_decode
 from . import accelerate, deaccelerate
 from .accelerated import Accelerated, AcceleratedModule, has_hooks
 from .adam import slow_down, speed_up
-from .sparse import above, at, batch_topk, encode_at, from_dense, is_crowded, topk
+from .sparse import above, at, batch_topk, encode_at, from_dense, has_tangent, is_crowded, topk
 
 _ROWS_AT_ONCE = 64
 """Rows whose scores of dead latents are kept at once."""
@@ -149,7 +149,7 @@ class _SparseSAE(AcceleratedModule):
     def _encoder_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input as `W_enc` reads it, and the encoder's bias."""
         sae_in = self.process_sae_in(x)
-        if x.requires_grad or not sae_in.requires_grad:
+        if x.requires_grad or has_tangent(sae_in) or not sae_in.requires_grad:
             return sae_in, self.b_enc
         if not self.cfg.apply_b_dec_to_input:
             # What flows back to b_dec is multiplied by 0.

@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .. import SparseCodes, batch_topk_select, sparse_encode, threshold_select, topk_encode, topk_select
 
@@ -88,9 +89,10 @@ def is_crowded(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> bo
 def from_dense(acts: Tensor) -> SparseCodes | None:
     """The entries of `acts [..., F]` that are not 0, without gradient, if few are and none is negative or NaN.
 
-    None if not, or if a gradient is to reach `acts`: it would be that of every entry, zeros too.
+    None if not, or if `acts` is differentiated, in either mode: that concerns every entry, zeros too.
     """
-    if (torch.is_grad_enabled() and acts.requires_grad) or not acts.numel() or not bool(acts.min() >= 0):
+    is_differentiated = (torch.is_grad_enabled() and acts.requires_grad) or has_tangent(acts)
+    if is_differentiated or not acts.numel() or not bool(acts.min() >= 0):
         return None
     width = acts.shape[-1] // (2 * _SLACK)
     codes = topk_select(acts, width)
@@ -112,6 +114,11 @@ def padded(codes: SparseCodes) -> tuple[Tensor, Tensor]:
         spare = torch.where(codes.counts > 0, indices[..., 0], somewhere).unsqueeze(-1)
         indices = indices.where(mask, spare)
     return values, indices
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether the tensor is a dual one, of forward-mode differentiation."""
+    return unpack_dual(tensor).tangent is not None
 
 
 def _require_at_most(name: str, value: int, bound: int) -> None:

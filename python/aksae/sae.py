@@ -92,16 +92,19 @@ class AdaptiveKSAE(nn.Module):
 
     def center(self, x: Tensor) -> Tensor:
         """`x - b_dec`, as the encoder reads it. The gradient of this use of `b_dec` flows through `encoder_bias`."""
-        return x - self.b_dec.detach()
+        return x - (self.b_dec.detach() if self._trains_b_dec() else self.b_dec)
 
     def encoder_bias(self) -> Tensor:
         """`b_enc`, plus a zero that carries the gradient of the pre-encoder bias: `-W_enc^T` of the summed gradients.
 
         One matrix-vector product; through `x - b_dec` it would gather k rows of `W_enc` for every row of the batch.
         """
-        if not (torch.is_grad_enabled() and self.b_dec.requires_grad):
+        if not self._trains_b_dec():
             return self.b_enc
         return self.b_enc - F.linear(self.b_dec - self.b_dec.detach(), self.W_enc.detach())
+
+    def _trains_b_dec(self) -> bool:
+        return torch.is_grad_enabled() and self.b_dec.requires_grad
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, probe and map to `folder`: `sae.safetensors` and `config.json`, each replaced as a whole."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from aksae_kernels import SparseCodes, sparse_decode, topk_select
 
@@ -16,11 +17,11 @@ def decode_dense(acts: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """`acts @ W_dec + b_dec` of `acts [..., F]`, from the codes that the data holds wherever few latents are active.
 
     The codes are read off `acts` itself, so edits between encode and decode count. The product is dense where a row
-    has a negative entry, or too many active ones, and where `acts` wants a gradient: zero entries have one too.
-    Deciding reads `acts` once, and waits for an accelerator.
+    has a negative entry, or too many active ones, and where `acts` is differentiated, in either mode: zero entries have
+    derivatives too. Deciding reads `acts` once, and waits for an accelerator.
     """
-    wants_grad = torch.is_grad_enabled() and acts.requires_grad
-    codes = None if wants_grad else _codes_of(acts)
+    is_differentiated = (torch.is_grad_enabled() and acts.requires_grad) or unpack_dual(acts).tangent is not None
+    codes = None if is_differentiated else _codes_of(acts)
     if codes is None:
         return F.linear(acts, W_dec.T, b_dec)
     return sparse_decode(codes, W_dec, b_dec)

@@ -211,10 +211,10 @@ class _AdaptiveK:
         W_enc = self.W_enc.T
         if not self.cfg.apply_b_dec_to_input:
             return x, W_enc, self.b_enc
-        bias = self.b_enc
-        if torch.is_grad_enabled() and self.b_dec.requires_grad:
-            # The gradient of b_dec in x - b_dec, by one matrix-vector product: see AdaptiveKSAE.encoder_bias.
-            bias = bias - F.linear(self.b_dec - self.b_dec.detach(), W_enc.detach())
+        if not (torch.is_grad_enabled() and self.b_dec.requires_grad):
+            return x - self.b_dec, W_enc, self.b_enc
+        # The gradient of b_dec in x - b_dec, by one matrix-vector product: see AdaptiveKSAE.encoder_bias.
+        bias = self.b_enc - F.linear(self.b_dec - self.b_dec.detach(), W_enc.detach())
         return x - self.b_dec.detach(), W_enc, bias
 
     def _codes(self, x: Tensor, k: Tensor) -> SparseCodes:
