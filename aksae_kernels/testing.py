@@ -70,11 +70,12 @@ def encode_scores(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None) -> tupl
     in_fp64 = x.dtype == torch.float64
     roundoff = 2.0**-53 if in_fp64 else 2.0**-24
     x, W_enc = x.double(), W_enc.double()
-    scores, magnitude = DoubleDouble(x) @ W_enc.T if in_fp64 else x @ W_enc.T, x.abs() @ W_enc.abs().T
+    scores: DoubleDouble | Tensor = DoubleDouble(x) @ W_enc.T if in_fp64 else x @ W_enc.T
+    magnitude = x.abs() @ W_enc.abs().T
     if b_enc is not None:
         scores, magnitude = scores + b_enc.double(), magnitude + b_enc.double().abs()
-    scores = scores.round() if in_fp64 else scores
-    return scores, (8 + 3 * math.sqrt(x.shape[-1])) * roundoff * magnitude
+    rounded = scores.round() if isinstance(scores, DoubleDouble) else scores
+    return rounded, (8 + 3 * math.sqrt(x.shape[-1])) * roundoff * magnitude
 
 
 def dense_codes(codes: SparseCodes, d_sae: int) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import assert_type
 
+import aksae
 import torch
+from aksae import formats
 from torch import Tensor
 
-import aksae
 import aksae_kernels as ak
-from aksae import formats
 from aksae_kernels.integrations import accelerate
 from aksae_kernels.layers import SparseDecoder, TopKEncoder
 from aksae_kernels.optim import SAEAdam

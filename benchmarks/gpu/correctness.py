@@ -122,17 +122,17 @@ def _encode_gradients_of(site: Site, seed: int) -> Judged:
 
 
 def sparse_encode(site: Site) -> None:
-    for codes, W, x in _products(site):
-        x, W = x.requires_grad_(), W.requires_grad_()
+    def scores_and_gradients(codes: ak.SparseCodes, W: Tensor, x: Tensor) -> Judged:
+        x, W = x.clone().requires_grad_(), W.clone().requires_grad_()
         scores = _twice(ak.sparse_encode, codes, x, W)
         upstream = site.randn(8, *scores.shape)
         grads = _twice(torch.autograd.grad, scores, (x, W), upstream, retain_graph=True)
         grad = dense_codes(codes._replace(values=upstream), len(W))
         exact, lossy = (_sampled_in(dtype, codes, grad, x, W) for dtype in (torch.float64, site.dtype))
-        for name, *found in zip(
-            ("the scores", "the gradient of x", "the gradient of W_enc"), (scores, *grads), exact, lossy
-        ):
-            within(*found, name)
+        names = ("the scores", "the scores' gradient of x", "the scores' gradient of W_enc")
+        return dict(zip(names, zip((scores, *grads), exact, lossy)))
+
+    _judge(site, scores_and_gradients)
 
 
 def _sampled_in(dtype: torch.dtype, codes: ak.SparseCodes, grad: Tensor, x: Tensor, W: Tensor) -> tuple[Tensor, ...]:

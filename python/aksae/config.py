@@ -10,11 +10,14 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .errors import UserError
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 BUNDLED_MODEL, BUNDLED_TEXT = "smollm2", "python-prose"
 """The model and the text that need no network; never taken for the name of a folder."""
@@ -395,7 +398,7 @@ def _within(name: str, value: float, low: float, high: float, high_name: str | N
 def _parse(hint: Any, value: Any, name: str) -> Any:
     """`value` read from JSON as the type `hint` of a config field."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value, name)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:

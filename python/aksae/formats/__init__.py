@@ -77,7 +77,7 @@ _MODULES = (
     gemma_scope,
     llama_scope,
 )
-_FORMATS = dict(zip(FORMATS, _MODULES, strict=True))
+_FORMATS: dict[str, ModuleType] = dict(zip(FORMATS, _MODULES, strict=True))
 
 
 def load(path: str | Path, format: Format | None = None, **assumptions: Any) -> StoredSAE:
@@ -168,11 +168,12 @@ def convert(
 ) -> str:
     """`load` and `save` in one, returning a line that says what was done. Raises as they do."""
     sae = load(source, source_format, **assumptions)
+    assert sae.origin is not None  # `load` names it
     notes = save(sae, target, to, overwrite=overwrite)
     return f"{sae}: {source} ({sae.origin.format}) -> {target} ({to}); {'; '.join(notes) or 'weights unchanged'}"
 
 
-def _unpacked(name: Format, files: dict[str, Any], told: Mapping[str, Any], given: Mapping[str, Any]) -> StoredSAE:
+def _unpacked(name: str, files: dict[str, Any], told: Mapping[str, Any], given: Mapping[str, Any]) -> StoredSAE:
     sae = _FORMATS[name].unpack(files, **{**told, **given})
     object.__setattr__(sae, "origin", Origin(name, files, given))
     return sae
