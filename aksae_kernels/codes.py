@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -97,12 +97,14 @@ def as_int(name: str, value: object) -> int:
 
     Raises TypeError, which calls it `name`, for everything else, bool included.
     """
-    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dtype == torch.bool or not readable(value))):
+    # By its dtype: NumPy's bool still is an index up to NumPy 2, with a warning.
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool"
+    if is_bool or (isinstance(value, Tensor) and not readable(value)):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
     if isinstance(value, (int, torch.SymInt)):
-        return value
+        return cast(int, value)
     try:
-        return operator.index(value)
+        return operator.index(cast(SupportsIndex, value))
     except TypeError:
         raise TypeError(f"{name} must be an int, got {describe(value)}") from None
 

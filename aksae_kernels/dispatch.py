@@ -40,7 +40,7 @@ class _Request(threading.local):
     that finds an attribute of the class is guarded as one of the class alone.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.backend = ""
         self.outer: list[str] = []
 
@@ -99,7 +99,7 @@ def choose(op: str, name: str, tensor: Tensor) -> tuple[str, dict[str, str]]:
         candidates = (name,)
     else:
         raise ValueError(f"AKSAE_BACKEND must be one of {', '.join((AUTO, *_MODULES))}; got {name!r}")
-    refusals = {}
+    refusals: dict[str, str] = {}
     for candidate in candidates:
         reason = _refusal(candidate, op, tensor)
         if reason is None:

@@ -18,7 +18,7 @@ class _Kept(threading.local):
     nothing from one that is inside, and nothing stays behind of one that was preparing a weight meanwhile.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.weights: dict[tuple, tuple[int | None, Any] | None] = {}
 
 
