@@ -31,8 +31,9 @@ test: $(INSTALLED)
 # Everything there is to know without a GPU; what must pass before a change lands.
 test-all: test test-slow test-interpreted test-paths test-compat test-oldest
 
+# A process for a file, since what a file compiles is shared by its tests.
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 # The op tests once more, on the Triton backend in Triton's interpreter, which must be chosen before Triton is imported.
 test-interpreted: $(INSTALLED)

@@ -25,6 +25,7 @@ from benchmarks.report import NotMeasured, Row, Target
 SHAPE = Shape(32, 48, 256)
 ARGUMENTS = ["--shape", *map(str, SHAPE), "--rounds", "2"]
 
+pytestmark = pytest.mark.slow
 has_clear_refs = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
 has_binary = pytest.mark.skipif("cpu" not in ak.available_backends(), reason="needs the C++ backend")
 

@@ -123,6 +123,7 @@ def test_the_scale_is_monotone_and_meets_its_anchors():
     assert 10 - 1e-9 < text_stats._rate(1e9, 2.0, 4.0) <= 10
 
 
+@pytest.mark.slow
 def test_text_stats_spreads_real_prose():
     pieces = [document[:550] for document in prose.documents()]
     scores = scores_of(*pieces)

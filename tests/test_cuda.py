@@ -27,6 +27,7 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"))
 KERNEL_FILES = [name for name in SETUP["CUDA_SOURCES"] if "/" in name]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 
+pytestmark = pytest.mark.slow
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 needs_nvcc = pytest.mark.skipif(SETUP["find_nvcc"]() is None, reason="there is no nvcc")
 
@@ -63,7 +64,6 @@ def run_on(library: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @needs_compiler
-@pytest.mark.slow
 @pytest.mark.parametrize(("major", "name", "which", "at_least"), OP_TESTS, ids=lambda value: str(value)[:8])
 def test_the_op_tests_pass_under_emulation(libraries, major, name, which, at_least):
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_{name}.py", "-k", which]

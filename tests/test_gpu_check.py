@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 BUILT = {"aksae_kernels._C": None, "aksae_kernels._C_cuda": None}
 STEPS = ["build", "tests", "memcheck", "racecheck", "synccheck", "initcheck", "headline"]
 
+pytestmark = pytest.mark.slow
+
 
 def suite_document(wrong: list[str]) -> dict:
     part = {"rows": [], "facts": {}, "wrong": wrong, "failed": [], "skipped": []}

@@ -30,6 +30,8 @@ NEEDS_A_GPU = ("gemms", "graphs", "memory S1", "memory S2", *(f"sanitizer {tool}
 ARGUMENTS = ["--device", "cpu", "--tiny", "--commit", "1234567", "--backends", ",".join(BACKENDS)]
 KS = ("uniform", "spread")
 
+pytestmark = pytest.mark.slow
+
 
 def measured_rates(bench: Bench, outcome: Outcome) -> None:
     outcome.facts |= RATES
