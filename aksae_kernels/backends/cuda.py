@@ -1,8 +1,8 @@
 """The `cuda` backend: the CUDA C++ kernels of `_C_cuda`, loaded when they are first needed.
 
 The binary takes tensors with contiguous rows and writes into outputs made here; it launches on the current stream, and
-synchronises nothing. No device has run these kernels yet: they pass the op tests under an emulation of CUDA on the CPU
-(`tests/emulation`), and compile for every architecture.
+synchronises nothing. Where there is no device, the op tests run it under an emulation of CUDA on the CPU
+(`tests/emulation`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def refuse(op: str, tensor: Tensor) -> str | None:
 
 
 def describe() -> str:
-    return "CUDA C++; so far run under an emulation alone"
+    return "CUDA C++"
 
 
 def topk_select(pre_acts: Tensor, k: Tensor, k_max: int) -> SparseCodes:
