@@ -10,7 +10,10 @@ from .codes import SparseCodes, acc_dtype
 
 def rows(matrix: Tensor) -> Tensor:
     """The matrix itself where its rows are contiguous, else a copy: kernels take one stride, that of the rows."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
+    if matrix.stride(1) == 1 or matrix.shape[1] <= 1:
+        return matrix
+    # Not `contiguous`, which leaves an expanded matrix without rows as it is, with a stride of 0.
+    return matrix.clone(memory_format=torch.contiguous_format)
 
 
 def vector(bias: Tensor | None) -> Tensor | None:

@@ -271,3 +271,26 @@ def test_forward_mode_finds_every_parameter(name, requires_grad):
     with torch.autograd.forward_ad.dual_level():
         dual = reconstruction(torch.autograd.forward_ad.make_dual(inputs[name], direction))
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected)
+
+
+@pytest.mark.parametrize("k", [4, None], ids=["fixed", "adaptive"])
+def test_a_batch_without_rows(k):
+    sae = AdaptiveKSAE(SAEConfig(d_in=16, d_sae=64, k=k, k_min=2, k_max=9))
+    x = torch.randn(0, 16, requires_grad=True)
+    sae(x).sum().backward()
+    assert x.grad.shape == (0, 16)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        assert not getattr(sae, name).grad.any()
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False], ids=str)
+@pytest.mark.parametrize("k", [4, None], ids=["fixed", "adaptive"])
+def test_compiles_whole(k, dynamic):
+    torch._dynamo.reset()
+    sae = AdaptiveKSAE(SAEConfig(d_in=16, d_sae=64, k=k, k_min=2, k_max=9, steepness=5.5))
+    compiled = torch.compile(sae, dynamic=dynamic, fullgraph=True, backend="aot_eager")
+    for rows in (5, 8):
+        x = torch.randn(rows, 16)
+        torch.testing.assert_close(compiled(x), sae(x))
+        grads = [torch.autograd.grad(model(x).square().sum(), sae.W_enc)[0] for model in (compiled, sae)]
+        torch.testing.assert_close(*grads)
