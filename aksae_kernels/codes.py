@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple, SupportsIndex, cast
+from typing import Any, NamedTuple, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,29 @@ class SparseCodes(NamedTuple):
     """`[..., K]` int32, in `[0, d_sae)`."""
     counts: Tensor
     """`[...]` int32, in `[0, K]`."""
+
+    def to(self, *args: Any, **kwargs: Any) -> SparseCodes:
+        """The codes on another device, of another dtype, or both: all that `torch.Tensor.to` takes.
+
+        A dtype is that of the values; indices and counts stay int32. Carries the gradient of `values`. Raises
+        TypeError for a dtype that is not floating.
+        """
+        values = self.values.to(*args, **kwargs)
+        if not values.is_floating_point():
+            raise TypeError(f"dtype must be floating, since it is that of the values; got {values.dtype}")
+        # non_blocking and copy, which are the flags among the arguments.
+        flags = [flag for flag in args if isinstance(flag, bool)]
+        named = {name: kwargs[name] for name in ("non_blocking", "copy") if name in kwargs}
+        indices, counts = (tensor.to(values.device, tensor.dtype, *flags, **named) for tensor in self[1:])
+        return SparseCodes(values, indices, counts)
+
+    def cpu(self) -> SparseCodes:
+        """The codes on the CPU."""
+        return self.to("cpu")
+
+    def detach(self) -> SparseCodes:
+        """The same codes, without the gradient of their values."""
+        return self._replace(values=self.values.detach())
 
     def to_dense(self, d_sae: int) -> Tensor:
         """The codes as a dense `[..., d_sae]` tensor; repeated indices are summed.
@@ -55,11 +78,12 @@ class SparseCodes(NamedTuple):
         *rows, _ = live.nonzero(as_tuple=True)
         place = torch.stack([*rows, self.indices[live].long()])
         values, shape = self.values[live], (*self.counts.shape, d_sae)
+        options = {"device": values.device, "check_invariants": False}
         if bool(((self.indices[..., 1:] > self.indices[..., :-1]) | ~live[..., 1:]).all()):
             # As this library makes them: nothing is left to sort or to add up.
-            return torch.sparse_coo_tensor(place, values, shape, is_coalesced=True, check_invariants=False)
-        coo = torch.sparse_coo_tensor(place, values.to(acc_dtype(values.dtype)), shape, check_invariants=False)
-        return coo.coalesce().to(values.dtype)
+            return torch.sparse_coo_tensor(place, values, shape, is_coalesced=True, **options)
+        sums = torch.sparse_coo_tensor(place, values.to(acc_dtype(values.dtype)), shape, **options).coalesce()
+        return sums.to(values.dtype)
 
     def to_csr(self, d_sae: int) -> Tensor:
         """The codes as a `torch.sparse_csr_tensor` `[rows, d_sae]`, leading dimensions flattened, columns ascending.
@@ -72,6 +96,10 @@ class SparseCodes(NamedTuple):
             values = self.values.reshape(rows, width).to(acc_dtype(self.values.dtype))
             flat = SparseCodes(values, self.indices.reshape(rows, width), self.counts.reshape(rows))
             return flat.to_coo(d_sae).to_sparse_csr().to(self.values.dtype)
+
+
+# `torch.load` opens files that hold codes without being told to trust them.
+torch.serialization.add_safe_globals([SparseCodes])
 
 
 def live_slots(codes: SparseCodes) -> Tensor:
@@ -97,9 +125,12 @@ def as_int(name: str, value: object) -> int:
 
     Raises TypeError, which calls it `name`, for everything else, bool included.
     """
-    # By its dtype: NumPy's bool still is an index up to NumPy 2, with a warning.
-    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool"
-    if is_bool or (isinstance(value, Tensor) and not readable(value)):
+    if isinstance(value, Tensor):
+        is_taken = value.dtype != torch.bool and readable(value)
+    else:
+        # By name: NumPy's bool is an index up to NumPy 2, with a warning, and torch.compile traces no dtype of NumPy's.
+        is_taken = type(value).__name__ not in ("bool", "bool_")
+    if not is_taken:
         raise TypeError(f"{name} must be an int, got {describe(value)}")
     if isinstance(value, (int, torch.SymInt)):
         return cast(int, value)
@@ -135,7 +166,7 @@ def raise_for_codes(indices: Tensor, counts: Tensor, d_sae: int) -> None:
     bad_counts = counts[(counts < 0) | (counts > width)]
     if bad_counts.numel():
         raise ValueError(f"codes.counts must lie in [0, {width}], the width of the rows, got {int(bad_counts[0])}")
-    live = torch.arange(width) < counts.unsqueeze(-1)
+    live = torch.arange(width, device=counts.device) < counts.unsqueeze(-1)
     bad_indices = indices[live & ((indices < 0) | (indices >= d_sae))]
     if bad_indices.numel():
         raise IndexError(f"codes.indices must lie in [0, {d_sae}), got {int(bad_indices[0])}")

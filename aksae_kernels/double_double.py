@@ -29,7 +29,9 @@ class DoubleDouble:
     @classmethod
     def of(cls, value: DoubleDouble | Tensor | float) -> DoubleDouble:
         """The value itself if it is one, else a `high` without a `low`."""
-        return value if isinstance(value, DoubleDouble) else cls(torch.as_tensor(value, dtype=torch.float64))
+        if isinstance(value, DoubleDouble):
+            return value
+        return cls(value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu"))
 
     def round(self) -> Tensor:
         """The nearest fp64 tensor."""

@@ -149,5 +149,5 @@ class SAEAdam(torch.optim.Optimizer):
                     square = (square - (along.square() * (2 - length.square())).sum()).clamp(min=0)
                 squares.append(square)
         if not squares:
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
         return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()

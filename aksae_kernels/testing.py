@@ -41,7 +41,7 @@ def topk_mask(scores: Tensor, k: int | Tensor) -> Tensor:
     The total order is: NaN, then larger value, then smaller index. `k` is an int or an integer tensor `[...]`.
     """
     best = best_first(scores)
-    rank = torch.empty_like(best).scatter_(-1, best, torch.arange(scores.shape[-1]).to(best).expand_as(best))
+    rank = torch.empty_like(best).scatter_(-1, best, torch.arange(scores.shape[-1], device=best.device).expand_as(best))
     limit = k.to(torch.int64).unsqueeze(-1) if isinstance(k, Tensor) else min(k, scores.shape[-1])
     return selectable(scores) & (rank < limit)
 
@@ -56,7 +56,7 @@ def codes_from_mask(scores: Tensor, mask: Tensor, width: int) -> SparseCodes:
     if counts.numel() and int(counts.max()) > width:
         raise ValueError(f"width must be at least {int(counts.max())}, the entries of a row under mask; got {width}")
     order = mask.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
-    live = torch.arange(width).to(order) < counts.unsqueeze(-1)
+    live = torch.arange(width, device=order.device) < counts.unsqueeze(-1)
     values = torch.where(live, scores.gather(-1, order), 0)
     return SparseCodes(values, torch.where(live, order, -1).to(torch.int32), counts.to(torch.int32))
 
@@ -209,11 +209,11 @@ def adversarial_rows(
     Ties, sorted rows, winners crowded into one block, differences near the resolution of fp32, nothing positive,
     signed zeros, NaN of both signs, infinities, the largest and the smallest numbers of the dtype.
     """
-    generator = torch.Generator().manual_seed(d_sae)
-    normal = torch.randn(d_sae, generator=generator, dtype=torch.float64)
-    position = torch.arange(d_sae, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(d_sae)
+    normal = torch.randn(d_sae, generator=generator, dtype=torch.float64, device="cpu")
+    position = torch.arange(d_sae, dtype=torch.float64, device="cpu")
     info = torch.finfo(dtype)
-    every = torch.randint(0, 7, (d_sae,), generator=generator)
+    every = torch.randint(0, 7, (d_sae,), generator=generator, device="cpu")
 
     block = normal.clone()
     start = d_sae // 3
@@ -227,8 +227,8 @@ def adversarial_rows(
         "ascending": position - d_sae // 4,
         "descending": d_sae - d_sae // 4 - position,
         "one-block": block,
-        "near-ties": 1 + 1e-7 * torch.randint(0, 4, (d_sae,), generator=generator),
-        "few-levels": torch.randint(-2, 3, (d_sae,), generator=generator).double(),
+        "near-ties": 1 + 1e-7 * torch.randint(0, 4, (d_sae,), generator=generator, device="cpu"),
+        "few-levels": torch.randint(-2, 3, (d_sae,), generator=generator, device="cpu").double(),
         "all-negative": -normal.abs() - 1,
         "zeros": torch.where(every < 3, 0.0, -0.0),
         "specials": specials,
@@ -255,23 +255,23 @@ def random_codes(
     `integers` draws values from -3..3, so that sums are exact and any summation order gives the same bits. `by_hand`
     makes what a user might: unsorted rows that repeat indices, up to `width` of them.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     rows = math.prod(leading)
     if by_hand and d_sae:
-        indices = torch.randint(0, d_sae, (rows, width), generator=generator)
-        counts = torch.randint(0, width + 1, (rows,), generator=generator)
+        indices = torch.randint(0, d_sae, (rows, width), generator=generator, device="cpu")
+        counts = torch.randint(0, width + 1, (rows,), generator=generator, device="cpu")
     else:
-        counts = torch.randint(0, min(width, d_sae) + 1, (rows,), generator=generator)
-        shuffled = torch.rand(rows, d_sae, generator=generator).argsort(-1)[:, :width]
-        indices = torch.full((rows, width), d_sae)
+        counts = torch.randint(0, min(width, d_sae) + 1, (rows,), generator=generator, device="cpu")
+        shuffled = torch.rand(rows, d_sae, generator=generator, device="cpu").argsort(-1)[:, :width]
+        indices = torch.full((rows, width), d_sae, device="cpu")
         indices[:, : shuffled.shape[1]] = shuffled
-        live = torch.arange(width) < counts.unsqueeze(-1)
+        live = torch.arange(width, device="cpu") < counts.unsqueeze(-1)
         indices = indices.where(live, d_sae).sort(-1).values
-    live = torch.arange(width) < counts.unsqueeze(-1)
+    live = torch.arange(width, device="cpu") < counts.unsqueeze(-1)
     if integers:
-        values = torch.randint(-3, 4, (rows, width), generator=generator).to(dtype)
+        values = torch.randint(-3, 4, (rows, width), generator=generator, device="cpu").to(dtype)
     else:
-        values = torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype)
+        values = torch.randn(rows, width, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
     return SparseCodes(
         values.where(live, 0).view(*leading, width).to(device),
         indices.where(live, -1).to(torch.int32).view(*leading, width).to(device),

@@ -163,3 +163,57 @@ def test_repeats_in_16_bits_are_rounded_once():
     assert codes.to_csr(1).values().item() == 300
     assert codes.to_coo(1).values().item() == 300
     assert codes.to_dense(1).item() == 300
+
+
+def parts(codes: SparseCodes) -> list[tuple]:
+    return [(tensor.dtype, tensor.device.type) for tensor in codes]
+
+
+@pytest.mark.parametrize(
+    ("how", "dtype", "device"),
+    [
+        (lambda codes: codes.to("meta"), torch.float32, "meta"),
+        (lambda codes: codes.to(torch.bfloat16), torch.bfloat16, "cpu"),
+        (lambda codes: codes.to("meta", torch.float64), torch.float64, "meta"),
+        (lambda codes: codes.to(device=torch.device("meta"), dtype=torch.float16), torch.float16, "meta"),
+        (lambda codes: codes.to(torch.zeros((), dtype=torch.float64, device="meta")), torch.float64, "meta"),
+        (lambda codes: codes.to("meta", torch.float16, True), torch.float16, "meta"),
+        (lambda codes: codes.to("meta", non_blocking=True), torch.float32, "meta"),
+        (lambda codes: codes.cpu(), torch.float32, "cpu"),
+    ],
+)
+def test_to(how, dtype, device):
+    moved = how(random_codes((2, 3), 4, 9))
+    assert isinstance(moved, SparseCodes)
+    assert parts(moved) == [(dtype, device), (torch.int32, device), (torch.int32, device)]
+
+
+def test_to_keeps_data_and_copies_when_told():
+    codes = random_codes((2, 3), 4, 9)
+    same = codes.to(torch.float32)
+    assert all(a is b for a, b in zip(same, codes, strict=True))
+    for copied in (codes.to(torch.float32, copy=True), codes.to(torch.float32, False, True)):
+        for a, b in zip(copied, codes, strict=True):
+            assert torch.equal(a, b)
+            assert a.data_ptr() != b.data_ptr()
+    with pytest.raises(TypeError, match=r"dtype.*int64"):
+        codes.to(torch.int64)
+
+
+def test_to_carries_the_gradient_and_detach_does_not():
+    codes = random_codes((2, 3), 4, 9)
+    codes = codes._replace(values=codes.values.requires_grad_())
+    codes.to(torch.float64).values.sum().backward()
+    assert torch.equal(codes.values.grad, torch.ones(2, 3, 4))
+    detached = codes.detach()
+    assert not detached.values.requires_grad
+    assert detached.indices is codes.indices
+
+
+@pytest.mark.parametrize("weights_only", [{}, {"weights_only": True}], ids=["default", "weights_only"])
+def test_saved_codes_load(tmp_path, weights_only):
+    codes = random_codes((2, 3), 4, 9)
+    torch.save({"codes": codes, "step": 3}, tmp_path / "codes.pt")
+    loaded = torch.load(tmp_path / "codes.pt", **weights_only)["codes"]
+    assert isinstance(loaded, SparseCodes)
+    assert all(torch.equal(a, b) for a, b in zip(loaded, codes, strict=True))

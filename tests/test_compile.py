@@ -249,6 +249,17 @@ def test_layers_compile_with_numpys_integers(backend):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="its dynamo does not trace operator.index of NumPy's scalars")
+def test_numpys_integers_compile(backend):
+    def select(pre_acts, k, k_max):
+        return topk_select(pre_acts, k, k_max).values, batch_topk_select(pre_acts, k).values
+
+    pre_acts, traced = inputs()[1].detach(), compiled(select)
+    for k, k_max in ((np.int64(3), np.int64(4)), (np.int64(5), np.int64(6)), (2, 3)):
+        for a, b in zip(traced(pre_acts, k, k_max), select(pre_acts, int(k), int(k_max)), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_batch_size_does_not_recompile(backend):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     traced = torch.compile(forward, fullgraph=True, backend=counter, dynamic=True)

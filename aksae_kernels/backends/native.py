@@ -177,8 +177,8 @@ def _pack(W_enc: Tensor) -> tuple[Tensor, Tensor] | None:
     size = torch.ops.aksae_cpu.packed_size(*W_enc.shape)
     if not size:
         return None
-    panels = torch.empty(size, dtype=torch.bfloat16)
-    norms = torch.empty(2, -(-W_enc.shape[0] // 32) * 32)
+    panels = W_enc.new_empty(size, dtype=torch.bfloat16)
+    norms = W_enc.new_empty(2, -(-W_enc.shape[0] // 32) * 32)
     torch.ops.aksae_cpu.pack_weight(rows(W_enc), panels, norms)
     return panels, norms
 

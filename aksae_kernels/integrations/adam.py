@@ -53,7 +53,7 @@ class FastAdam(torch.optim.Adam):
         state = self.state[param]
         if not state:
             # As torch has them, so that either can go on with the other's state.
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, device="cpu")
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         # Loaded from a file, or of a parameter that was laid out anew.

@@ -53,7 +53,7 @@ def score_to_k(
             raise TypeError(f"score: got a tensor of {score.dtype}, needs real numbers")
         score = score.detach().double()
     elif isinstance(score, numbers.Real) and not isinstance(score, bool):
-        score = torch.tensor(float(score), dtype=torch.float64)
+        score = torch.tensor(float(score), dtype=torch.float64, device="cpu")
     else:
         raise TypeError(f"score: got {type(score).__name__}, needs a tensor or a number")
 
