@@ -10,6 +10,13 @@ from torch import Tensor
 from .codes import acc_dtype
 from .ops import adam_step
 
+# What `torch.optim.Adam` can do besides, at the values where both are one algorithm. A group has them too, so that
+# either optimizer reads the other's state.
+_ADAM = {"weight_decay": 0, "amsgrad": False, "maximize": False, "differentiable": False}
+# How torch's Adam computes, which is not ours to follow.
+_IMPLEMENTATION = ("foreach", "capturable", "fused", "decoupled_weight_decay")
+_OWN = ("unit_norm_rows", "lazy", "max_grad_norm")
+
 
 class SAEAdam(torch.optim.Optimizer):
     """Adam (arXiv 1412.6980) without weight decay, with the constraint SAE decoders need.
@@ -39,7 +46,11 @@ class SAEAdam(torch.optim.Optimizer):
             diverged run must surface.
 
     Parameters without a gradient are left alone. Raises ValueError for hyper-parameters out of range, for a
-    `unit_norm_rows` parameter that is not a matrix, and for sparse gradients.
+    `unit_norm_rows` parameter that is not a matrix, for a group with an option of `torch.optim.Adam` that this is
+    without (weight decay, AMSGrad, maximizing), and for sparse gradients.
+
+    A `state_dict` of `torch.optim.Adam` can be loaded, and one of SAEAdam by `torch.optim.Adam`, which goes on without
+    the constraint, the clipping and the laziness.
     """
 
     last_grad_norm: Tensor | None = None
@@ -56,7 +67,7 @@ class SAEAdam(torch.optim.Optimizer):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "unit_norm_rows": False, "lazy": False}
-        defaults["max_grad_norm"] = max_grad_norm
+        defaults |= {"max_grad_norm": max_grad_norm, **_ADAM}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -68,6 +79,7 @@ class SAEAdam(torch.optim.Optimizer):
             raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
         if not group["eps"] >= 0:
             raise ValueError(f"eps must not be negative, got {group['eps']}")
+        _require_plain(group)
         for param in group["params"]:
             if group["unit_norm_rows"] and param.ndim != 2:
                 raise ValueError(f"unit_norm_rows needs matrices [F, D], got a parameter of shape {list(param.shape)}")
@@ -75,8 +87,9 @@ class SAEAdam(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            # Older checkpoints do not have it.
-            group.setdefault("lazy", False)
+            # Older checkpoints do not have them.
+            for name, value in {"lazy": False, **_ADAM}.items():
+                group.setdefault(name, value)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -100,15 +113,29 @@ class SAEAdam(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As in torch, but moments keep the accumulation dtype, where torch would round them to the weight's."""
-        super().load_state_dict(state_dict)
+        """As in torch, but moments keep the accumulation dtype, where torch would round them to the weight's.
+
+        Takes a state of `torch.optim.Adam` (or AdamW) too, and goes on as that would, with `unit_norm_rows`, `lazy` and
+        `max_grad_norm` as they are here. Raises ValueError, before anything has changed, for one with options that this
+        is without, and for the state of any other optimizer.
+        """
+        groups, saved = self.param_groups, state_dict["param_groups"]
+        if len(groups) == len(saved):  # else torch says so
+            saved = [_as_ours(theirs, ours) for theirs, ours in zip(saved, groups)]
+        for state in state_dict["state"].values():
+            if set(state) != {"step", "exp_avg", "exp_avg_sq"}:
+                raise ValueError(f"state must hold Adam's step, exp_avg and exp_avg_sq, got {', '.join(state)}")
+        super().load_state_dict({**state_dict, "param_groups": saved})
         ours = (param for group in self.param_groups for param in group["params"])
-        keys = (key for group in state_dict["param_groups"] for key in group["params"])
+        keys = (key for group in saved for key in group["params"])
         for param, key in zip(ours, keys):
+            if key not in state_dict["state"]:
+                continue
+            loaded, state = state_dict["state"][key], self.state[param]
+            # torch's Adam counts in a tensor.
+            state["step"] = int(loaded["step"])
             for name in ("exp_avg", "exp_avg_sq"):
-                if name in self.state[param]:
-                    moment = state_dict["state"][key][name]
-                    self.state[param][name] = moment.to(param.device, acc_dtype(param.dtype), copy=True)
+                state[name] = loaded[name].to(param.device, acc_dtype(param.dtype), copy=True)
 
     def _step_param(self, param: Tensor, group: dict, scale: Tensor | None) -> None:
         if param.grad.is_sparse:
@@ -151,3 +178,20 @@ class SAEAdam(torch.optim.Optimizer):
         if not squares:
             return torch.zeros((), device="cpu")
         return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+
+
+def _require_plain(group: dict) -> None:
+    for name, value in _ADAM.items():
+        if group.get(name, value) != value:
+            raise ValueError(f"{name} must be {value}, which is all that SAEAdam does, got {group[name]}")
+
+
+def _as_ours(group: dict, ours: dict) -> dict:
+    """A saved group of SAEAdam as it is; of torch's Adam with the options of `ours` that it is without."""
+    _require_plain(group)
+    if "unit_norm_rows" in group:
+        return group
+    if "amsgrad" not in group:
+        raise ValueError(f"state_dict must be one of SAEAdam or torch.optim.Adam, got groups with {', '.join(group)}")
+    kept = {name: value for name, value in group.items() if name not in _IMPLEMENTATION}
+    return kept | {name: ours[name] for name in _OWN}

@@ -395,6 +395,100 @@ def test_lazy_is_kept_by_checkpoints_and_absent_from_old_ones(fp32):
     unpickled.step()
 
 
+# ------------------------------------------------------------------------------------- the state of torch's Adam
+
+
+def run_steps(optimizer_: torch.optim.Optimizer, case, seeds) -> list[torch.Tensor]:
+    params = [p for group in optimizer_.param_groups for p in group["params"]]
+    for seed in seeds:
+        for i, p in enumerate(params):
+            p.grad = case.randn(*p.shape, seed=seed + i)
+        optimizer_.step()
+    return [p.detach() for p in params]
+
+
+def copies(params: list[torch.Tensor]) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("how", [{}, {"foreach": True}, {"fused": True}], ids=["plain", "foreach", "fused"])
+def test_goes_on_where_adam_was(fp64, kind, how, tmp_path):
+    theirs = kind(model(fp64), lr=LR, betas=BETAS, eps=EPS, weight_decay=0, **how)
+    params = run_steps(theirs, fp64, (0, 7))
+    torch.save(theirs.state_dict(), tmp_path / "adam.pt")
+    ours = SAEAdam(copies(params), lr=1.0, max_grad_norm=1e9)
+    ours.load_state_dict(torch.load(tmp_path / "adam.pt"))
+    expected = run_steps(theirs, fp64, (20, 30))
+    for a, b in zip(run_steps(ours, fp64, (20, 30)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert ours.last_grad_norm > 0
+    # And once more, from our own state.
+    again = SAEAdam(copies(expected))
+    again.load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["full", "lazy"])
+def test_options_of_ours_stay_where_adams_state_is_loaded(fp64, lazy):
+    params = model(fp64)
+    theirs = torch.optim.Adam([{"params": params[:1]}, {"params": params[1:], "lr": 0.5}], lr=LR)
+    run_steps(theirs, fp64, (0,))
+    groups = [{"params": copies(params[:1]), "unit_norm_rows": True}, {"params": copies(params[1:]), "lazy": lazy}]
+    ours = SAEAdam(groups, max_grad_norm=0.5)
+    ours.load_state_dict(theirs.state_dict())
+    assert [group["unit_norm_rows"] for group in ours.param_groups] == [True, False]
+    assert [group["lazy"] for group in ours.param_groups] == [False, lazy]
+    assert [group["lr"] for group in ours.param_groups] == [LR, 0.5]
+    decoder, *_ = run_steps(ours, fp64, (20,))
+    torch.testing.assert_close(decoder.norm(dim=1), torch.ones(30, dtype=fp64.dtype, device=fp64.device))
+
+
+def test_adam_goes_on_where_ours_was(fp64):
+    ours = SAEAdam(model(fp64), lr=LR, betas=BETAS, eps=EPS)
+    params = run_steps(ours, fp64, (0, 7))
+    theirs = torch.optim.Adam(copies(params), lr=1.0)
+    # Adam would go on with the very tensors of a state, and not with copies.
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for a, b in zip(run_steps(theirs, fp64, (20, 30)), run_steps(ours, fp64, (20, 30)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_state_without_steps_loads(fp64):
+    ours = SAEAdam(model(fp64))
+    ours.load_state_dict(torch.optim.Adam(model(fp64), lr=LR).state_dict())
+    assert ours.param_groups[0]["lr"] == LR
+    run_steps(ours, fp64, (0,))
+
+
+OTHERS = {
+    "weight_decay": lambda p: torch.optim.Adam(p, weight_decay=0.1),
+    "weight_decay ": lambda p: torch.optim.AdamW(p),
+    "amsgrad": lambda p: torch.optim.Adam(p, amsgrad=True),
+    "maximize": lambda p: torch.optim.Adam(p, maximize=True),
+    "momentum": lambda p: torch.optim.SGD(p, momentum=0.9),
+    "state_dict": lambda p: torch.optim.RAdam(p),
+    "state_dict ": lambda p: torch.optim.NAdam(p),
+}
+
+
+@pytest.mark.parametrize(("name", "make"), OTHERS.items(), ids=OTHERS.keys())
+def test_the_state_of_another_algorithm_is_refused(fp64, name, make):
+    params = model(fp64)
+    theirs = make(params)
+    run_steps(theirs, fp64, (0,))
+    ours = SAEAdam(copies(params))
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(ValueError, match=name.strip()):
+        ours.load_state_dict(theirs.state_dict())
+    assert ours.state_dict() == before
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "amsgrad", "maximize"])
+def test_an_option_of_adams_in_a_group_is_refused(name):
+    with pytest.raises(ValueError, match=name):
+        SAEAdam([{"params": [torch.nn.Parameter(torch.ones(3))], name: True}])
+
+
 MATRIX, VECTOR = torch.nn.Parameter(torch.eye(3)), torch.nn.Parameter(torch.ones(3))
 WRONG = {
     "lr": lambda: SAEAdam([VECTOR], lr=-1.0),
