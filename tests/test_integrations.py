@@ -7,20 +7,35 @@ from __future__ import annotations
 
 import copy
 import sys
+import tempfile
 import types
+import warnings
 from abc import ABC
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from test_dispatch import run_python
-from torch import nn
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
+
+with warnings.catch_warnings():
+    # It compiles functions by torch.jit, of which torch itself warns.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from aksae_kernels import SparseCodes, integrations, topk_encode
 from aksae_kernels.integrations import accelerate, deaccelerate, sparse, weights
 from aksae_kernels.integrations.accelerated import AbstractFirst, AcceleratedModule, has_hooks, is_plain_linear
 from aksae_kernels.integrations.adam import FastAdam, slow_down, speed_up
 from aksae_kernels.testing import random_codes
+
+# torch.compile brings in parts of torch that are compiled by torch.jit, of which torch itself warns.
+imports_torch_jit = pytest.mark.filterwarnings("ignore:.torch.jit.script")
 
 
 class Coder(nn.Module):
@@ -44,22 +59,26 @@ class FastCoder(AcceleratedModule, Coder):
         return f"groups={obj.groups}" if obj.groups > 1 else None
 
     def forward(self, x):
-        return (self.W_enc.T @ x.T).T
+        return nn.functional.linear(x, self.W_enc.T)
 
 
 class Unknown(Coder):
     """Somebody's own subclass."""
 
 
-@pytest.fixture
-def host(monkeypatch):
+def install_host(patch: pytest.MonkeyPatch) -> None:
     """A host package `hosted` with the class Coder, and our module for it."""
-    monkeypatch.setattr(Coder, "__module__", "hosted.coder")
-    monkeypatch.setitem(integrations._HOSTS, "hosted", integrations._Host("torch", torch.__version__, "Coder"))
+    patch.setattr(Coder, "__module__", "hosted.coder")
+    patch.setitem(integrations._HOSTS, "hosted", integrations._Host("torch", torch.__version__, "Coder"))
     name = "aksae_kernels.integrations.hosted"
-    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    patch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules[name].FastCoder = FastCoder
     sys.modules[name].AcceleratedModule = AcceleratedModule  # as an import leaves it there
+
+
+@pytest.fixture
+def host(monkeypatch):
+    install_host(monkeypatch)
 
 
 # ------------------------------------------------------------------------------------------------ accelerate
@@ -239,14 +258,15 @@ class Doubled(nn.Module):
 
 
 def test_a_weight_that_is_no_parameter(host, monkeypatch):
-    """Refused beforehand, and left as it is where it came to be later."""
+    """It is made by others at each use, and so is its layout."""
     monkeypatch.setattr(Within, "__module__", "hosted.within")
     sys.modules["aksae_kernels.integrations.hosted"].FastWithin = FastWithin
     module = Within()
     parametrize.register_parametrization(module.decoder, "weight", Doubled())
-    with pytest.raises(ValueError, match=r"with decoder\.weight that needs to be a plain nn\.Parameter"):
-        accelerate(module)
-    assert type(module) is Within
+    original = module.decoder.parametrizations.weight.original
+    assert type(accelerate(module)) is FastWithin
+    assert original.is_contiguous()
+    assert type(deaccelerate(module)) is Within
     module = accelerate(Within())
     assert module.state_dict()["decoder.weight"].is_contiguous()
     assert not module.decoder.state_dict()["weight"].is_contiguous()
@@ -254,8 +274,7 @@ def test_a_weight_that_is_no_parameter(host, monkeypatch):
     assert type(deaccelerate(module)) is Within
     flat = Coder()
     flat.W_enc = nn.Parameter(torch.zeros(3))
-    with pytest.raises(ValueError, match=r"W_enc .* two dimensions"):
-        accelerate(flat)
+    assert type(deaccelerate(accelerate(flat))) is Coder
 
 
 def test_a_subclass_of_a_fast_class_is_left_as_it_is(host):
@@ -300,6 +319,238 @@ def test_what_is_loaded_is_laid_out(host, assign):
     coder.load_state_dict({"W_enc": torch.ones(3, 4)}, assign=assign)
     assert coder.W_enc.T.is_contiguous()
     assert (coder.W_enc == 1).all()
+
+
+# -------------------------------------------------------------------------------- wrappers that remember parameters
+
+STEPS = 3
+
+
+def data(rank: int, step: int) -> Tensor:
+    return torch.randn(5, 3, generator=torch.Generator().manual_seed(10 * rank + step))
+
+
+def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, *steps: int) -> None:
+    for step in range(*steps):
+        optimizer.zero_grad()
+        (model(data(rank, step)).square().sum() / 100).backward()
+        optimizer.step()
+
+
+def trained_alone(world: int) -> Tensor:
+    """The weight after all steps, of the mean loss of all ranks."""
+    coder = Coder()
+    optimizer = torch.optim.SGD(coder.parameters(), lr=0.1, momentum=0.9)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        (sum(coder(data(rank, step)).square().sum() / 100 for rank in range(world)) / world).backward()
+        optimizer.step()
+    return coder.W_enc.detach()
+
+
+def whole_weight(model: nn.Module) -> Tensor:
+    """Of a model that may be sharded."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return model.module.W_enc.detach().clone()
+    weight = inner(model).W_enc.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def inner(model: nn.Module) -> nn.Module:
+    return getattr(model, "module", model)
+
+
+def sharded(coder: nn.Module) -> nn.Module:
+    return fully_shard(coder, mesh=init_device_mesh("cpu", (distributed.get_world_size(),)))
+
+
+def wrapped_by_fsdp(coder: nn.Module, use_orig_params: bool) -> nn.Module:
+    with warnings.catch_warnings():
+        # That there is nothing to shard among one process.
+        warnings.filterwarnings("ignore", "FSDP is switching to use `NO_SHARD`")
+        return FullyShardedDataParallel(coder, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "ddp": DistributedDataParallel,
+    "ddp-views": lambda coder: DistributedDataParallel(coder, gradient_as_bucket_view=True),
+    "ddp-static": lambda coder: DistributedDataParallel(coder, static_graph=True),
+    # Its buckets are never made again.
+    "ddp-unused": lambda coder: DistributedDataParallel(coder, find_unused_parameters=True),
+    "fsdp": lambda coder: wrapped_by_fsdp(coder, use_orig_params=False),
+    "fsdp-original": lambda coder: wrapped_by_fsdp(coder, use_orig_params=True),
+    "fully_shard": sharded,
+}
+
+
+def check_wrapped_first(wrap: str, rank: int, world: int, steps_before: int) -> None:
+    """Accelerated after it was wrapped, perhaps in the middle of a training; and back."""
+    model = WRAPPERS[wrap](Coder())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train_steps(model, optimizer, rank, steps_before)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        accelerate(inner(model))
+    assert isinstance(inner(model), FastCoder)
+    assert ["W_enc keeps its layout" in str(warning.message) for warning in warned] == [True] * wrap.startswith("ddp")
+    train_steps(model, optimizer, rank, steps_before, STEPS - 1)
+    deaccelerate(inner(model))
+    assert not isinstance(inner(model), FastCoder)
+    train_steps(model, optimizer, rank, STEPS - 1, STEPS)
+    torch.testing.assert_close(whole_weight(model), trained_alone(world))
+
+
+def check_accelerated_first(wrap: str, rank: int, world: int) -> None:
+    """And taken back while it is wrapped."""
+    if wrap == "fully_shard":
+        with pytest.raises(NotImplementedError, match="non-contiguous parameters"):
+            sharded(accelerate(Coder()))
+        return
+    model = WRAPPERS[wrap](accelerate(Coder()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train_steps(model, optimizer, rank, 2)
+    deaccelerate(inner(model))
+    assert type(inner(model)) is Coder
+    train_steps(model, optimizer, rank, 2, STEPS)
+    torch.testing.assert_close(whole_weight(model), trained_alone(world))
+
+
+# Whether it keeps parameters as views into its buckets, and whether the coder was accelerated before. Not both: with
+# views it lays parameters out as it likes, of which DistributedDataParallel knows nothing if it came between.
+ZERO_REDUNDANCY = [(False, True), (False, False), (True, False)]
+
+
+def check_zero_redundancy(rank: int, world: int, as_views: bool, first: bool) -> None:
+    """Of an optimizer that keeps parameters in buckets, and updates some on each rank."""
+    coder = accelerate(Coder()) if first else Coder()
+    model = DistributedDataParallel(coder)
+    options = {"lr": 0.1, "momentum": 0.9, "parameters_as_bucket_view": as_views}
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, **options)
+    if not first:
+        with pytest.warns(UserWarning, match="W_enc keeps its layout"):
+            accelerate(coder)
+    train_steps(model, optimizer, rank, STEPS)
+    torch.testing.assert_close(whole_weight(model), trained_alone(world))
+
+
+def check_all(rank: int, world: int, folder: str) -> None:
+    """Of one process among several."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    with pytest.MonkeyPatch.context() as patch:
+        install_host(patch)
+        for wrap in WRAPPERS:
+            check_accelerated_first(wrap, rank, world)
+            check_wrapped_first(wrap, rank, world, steps_before=1)
+        for as_views, first in ZERO_REDUNDANCY:
+            check_zero_redundancy(rank, world, as_views, first)
+    distributed.destroy_process_group()
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+# With one process nothing is sharded, and torch then takes gradients of original parameters for row-major ones.
+@pytest.mark.parametrize("wrap", [wrap for wrap in WRAPPERS if wrap != "fsdp-original"])
+def test_accelerated_then_wrapped(wrap, host, process_group):
+    check_accelerated_first(wrap, rank=0, world=1)
+
+
+@pytest.mark.parametrize("steps_before", [0, 1], ids=["at-once", "later"])
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrapped_then_accelerated(wrap, steps_before, host, process_group):
+    """DistributedDataParallel would scramble gradients by the strides that its buckets were made with."""
+    check_wrapped_first(wrap, rank=0, world=1, steps_before=steps_before)
+
+
+@pytest.mark.parametrize(("as_views", "first"), ZERO_REDUNDANCY)
+def test_among_the_parameters_of_a_zero_redundancy_optimizer(as_views, first, host, process_group):
+    check_zero_redundancy(0, 1, as_views, first)
+
+
+def test_wrappers_among_two_processes():
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(check_all, (2, folder), nprocs=2)
+
+
+def test_a_sharded_class_is_fsdps_and_ours(host, process_group):
+    model = accelerate(sharded(Coder()))
+    assert type(model).__name__ == "FSDPFastCoder"
+    assert isinstance(model, FSDPModule)
+    assert type(accelerate(sharded(Coder()))) is type(model)
+    assert accelerate(model) is model
+    model.load_state_dict(model.state_dict())
+    assert type(deaccelerate(model)).__name__ == "FSDPCoder"
+
+
+def test_what_is_loaded_into_a_held_weight_leaves_its_layout(host, process_group):
+    model = DistributedDataParallel(Coder())
+    with pytest.warns(UserWarning, match="DistributedDataParallel has made buckets .* accelerate before wrapping"):
+        accelerate(model.module)
+    model.module.load_state_dict({"W_enc": torch.ones(3, 4)})
+    assert model.module.W_enc.is_contiguous()
+    assert (model.module.W_enc == 1).all()
+
+
+def test_a_wrapper_of_something_else_holds_nothing(host, process_group):
+    other = DistributedDataParallel(Coder())
+    coder = accelerate(Coder())
+    assert coder.W_enc.T.is_contiguous()
+    assert other.module.W_enc.is_contiguous()
+
+
+def test_a_part_of_a_larger_buffer_stays_one(host):
+    """Whoever owns the buffer updates its parts by it."""
+    flat = torch.arange(20.0)
+    coder = Coder()
+    coder.W_enc.data = flat[:12].view(3, 4)
+    accelerate(coder)
+    flat.mul_(2)
+    assert torch.equal(coder(torch.eye(3)), flat[:12].view(3, 4))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["accelerated-first", "wrapped-first"])
+def test_moving_averages(first, host):
+    """Of `torch.optim.swa_utils`: the copy may be older than the layout, or of it."""
+    coder = accelerate(Coder()) if first else Coder()
+    average = torch.optim.swa_utils.AveragedModel(coder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    accelerate(coder)
+    average.update_parameters(coder)
+    coder.W_enc.data.mul_(3)
+    average.update_parameters(coder)
+    torch.testing.assert_close(average.module.W_enc, 2 * Coder().W_enc)
+    torch.testing.assert_close(average(torch.eye(3)), 2 * Coder().W_enc)
+
+
+def test_called_with_other_parameters(host):
+    coder = accelerate(Coder())
+    weight = torch.randn(3, 4, requires_grad=True)
+    torch.func.functional_call(coder, {"W_enc": weight}, (torch.eye(3),)).sum().backward()
+    assert torch.equal(weight.grad, torch.ones(3, 4))
+    assert coder.W_enc.T.is_contiguous()
+
+
+@imports_torch_jit
+@pytest.mark.parametrize("in_place", [True, False], ids=["in-place", "wrapped"])
+def test_compiled_then_accelerated(in_place, host):
+    """What was traced of the host's method does not run in place of ours."""
+    torch._dynamo.reset()
+    coder = Coder()
+    compiled = coder if in_place else torch.compile(coder, backend="eager")
+    if in_place:
+        coder.compile(backend="eager")
+    expected = compiled(data(0, 0))
+    coder.W_enc.data = coder.W_enc.data.clone()
+    accelerate(coder)
+    assert type(coder) is FastCoder
+    torch.testing.assert_close(compiled(data(0, 0)), expected)
+    compiled(data(0, 0)).sum().backward()
+    torch.testing.assert_close(coder.W_enc.grad, data(0, 0).sum(0).unsqueeze(1).expand(3, 4))
+    torch._dynamo.reset()
 
 
 # --------------------------------------------------------------------------------------------------- weights
@@ -353,9 +604,12 @@ def test_a_shared_weight_stays_shared(change):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_no_leaf_is_laid_out_without_a_warning(change):
-    weight = torch.randn(3, 4, requires_grad=True) * 2
+def test_what_is_no_parameter_is_left_alone_without_a_warning(change):
+    """As a parametrised weight is, and one within FSDP."""
+    weight = torch.randn(4, 3, requires_grad=True).T * 2
+    stride = weight.stride()
     change(weight)
+    assert weight.stride() == stride
 
 
 @pytest.mark.parametrize("shape", [(300, 7), (5, 70000), (0, 4), (3, 0)], ids=str)
@@ -621,6 +875,39 @@ def test_a_fused_optimizer_changes_sides_in_the_middle(cls, options):
     assert not fast._optimizer_step_pre_hooks
     train(mine, fast, scheduler, 5, 8)
     torch.testing.assert_close(mine[0], theirs[0])
+
+
+@pytest.mark.parametrize(("cls", "options"), FUSED, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_fused_optimizer_of_ones_own(cls, options, host):
+    """Made before the layout changes, or loading moments that were: nobody tells us of either."""
+    theirs, mine = Coder(), Coder()
+    slow, (fast, scheduler) = (optimizer_of(coder.parameters(), cls, fused=True, **options) for coder in (theirs, mine))
+    train(list(theirs.parameters()), *slow, 8)
+    train(list(mine.parameters()), fast, scheduler, 0, 2)
+    accelerate(mine)
+    train(list(mine.parameters()), fast, scheduler, 2, 4)
+    saved = copy.deepcopy(fast.state_dict())
+    for state in saved["state"].values():
+        state.update((name, value.contiguous()) for name, value in state.items() if isinstance(value, Tensor))
+    fast, _ = optimizer_of(mine.parameters(), cls, fused=True, **options)
+    scheduler.optimizer = fast
+    fast.load_state_dict(saved)
+    train(list(mine.parameters()), fast, scheduler, 4, 6)
+    deaccelerate(mine)
+    train(list(mine.parameters()), fast, scheduler, 6, 8)
+    torch.testing.assert_close(mine.W_enc, theirs.W_enc)
+
+
+@imports_torch_jit
+def test_a_step_of_others_is_compiled_as_before():
+    """The hook that lays out fused moments is traced, and does nothing."""
+    torch._dynamo.reset()
+    parameter = torch.ones(3, 4, requires_grad=True)
+    parameter.grad = torch.ones(3, 4)
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    torch.compile(optimizer.step, backend="eager")()
+    assert torch.equal(parameter.detach(), torch.full((3, 4), 0.5))
+    torch._dynamo.reset()
 
 
 def test_a_fast_optimizer_that_loads_a_fused_one():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -54,30 +55,40 @@ def accelerate(obj: Any) -> Any:
       of weights are often applied, do not reach the parameters: edit those, or what `state_dict(keep_vars=True)` holds.
       The `state_dict()` of a submodule by itself (`ae.decoder`) holds the parameter's own memory, in its layout.
     * `.view(-1)`, `parameters_to_vector` and safetensors need `.contiguous()` of the parameter.
-    * Fused optimizers of torch go through weights and moments in the order they have in memory. A trainer's are taken
-      care of while it is accelerated. Accelerate before you make your own; their moments, from before or from a file,
-      keep the layout they had, and with `fused=True` must be copied into tensors `torch.empty_like(parameter)`.
-    * Other processes that share a weight's memory go on with the old one: accelerate before they start.
+    * Other processes that share a weight's memory, and captured CUDA graphs, go on with the old one: accelerate first.
 
-    Where sparse kernels run there is reverse mode, once: double backward and `torch.func.grad` raise, and forward mode
-    (`torch.func.jvp`, dual tensors) takes what they compute for constants, WITHOUT an error. A NaN in the decoder's row
-    of a latent that did not fire does not show in outputs.
+    Wrappers that remember parameters:
+
+    * DistributedDataParallel may come before or after. Where it was first, its weights keep their layout, and every
+      call copies them; a warning says so.
+    * FSDP, `fully_shard` and `ZeroRedundancyOptimizer(parameters_as_bucket_view=True)` lay parameters out themselves.
+      Apply them first, then `accelerate(fully_shard(sae))`: their weights keep their layout, too. After `accelerate`,
+      `fully_shard` refuses "non-contiguous parameters", and torch scrambles gradients in FSDP with `use_orig_params`
+      and NO_SHARD (which one process always has), and where that optimizer follows a DistributedDataParallel.
+    * `fully_shard` gathers weights for `forward` alone. It has to be told of other methods, of an accelerated object as
+      of the host's own: `register_fsdp_forward_method(sae, "training_forward_pass")`.
+    * `torch.compile`, `torch.optim.swa_utils.AveragedModel`, optimizers and `torch.func.functional_call` may come
+      before or after. Moments of torch's fused optimizers, which go through weights and moments in the order they have
+      in memory, are laid out like their weights before each step.
+
+    Derivatives are of first order where sparse kernels run: double backward and `torch.func.grad` raise. Forward mode
+    (`torch.func.jvp`, dual tensors) gives the tangents of what was selected, or raises. A NaN in the decoder's row of a
+    latent that did not fire does not show in outputs.
 
     Args:
         obj: an instance of one of the classes listed in the README, not of a subclass of somebody's own: what that
-            overrides would be lost. Compile, or replace methods on the instance, afterwards.
+            overrides would be lost. Compile, parametrise or replace methods on the instance afterwards.
 
     Raises:
         TypeError: the object is of none of those classes; the message lists them.
-        ValueError: it is, but is configured for something the kernels do not do, hides an accelerated method behind an
-            attribute of its own, or has a parametrised weight to transpose; the message says what.
+        ValueError: it is, but is configured for something the kernels do not do, or hides an accelerated method behind
+            an attribute of its own; the message says what.
 
     The object is as it was where this raises. Warns once for each host whose installed version is not the tested one.
     """
     if isinstance(obj, Accelerated):
         return obj
-    host = _host_of(obj)
-    fast = None if host is None else _classes(host).get(type(obj))
+    fast = _fast_class(type(obj))
     if fast is None:
         supported = "; ".join(f"{name}: {known.supported}" for name, known in _HOSTS.items())
         raise TypeError(
@@ -86,7 +97,7 @@ def accelerate(obj: Any) -> Any:
     reason = fast.obstacle(obj)
     if reason is not None:
         raise ValueError(f"obj must be something the kernels can do, got a {_name(type(obj))} with {reason}")
-    _warn_untested(host)
+    _warn_untested(_host_of(type(obj)))
     obj.__class__ = fast
     try:
         obj._attach()
@@ -108,10 +119,31 @@ def deaccelerate(obj: Any) -> Any:
     return obj
 
 
-def _host_of(obj: Any) -> str | None:
-    """The package of the most derived class of the object that is a host's."""
-    packages = (base.__module__.partition(".")[0] for base in type(obj).__mro__)
+def _host_of(cls: type) -> str | None:
+    """The package of the most derived class among the bases that is a host's."""
+    packages = (base.__module__.partition(".")[0] for base in cls.__mro__)
     return next((package for package in packages if package in _HOSTS), None)
+
+
+def _fast_class(cls: type) -> type[Accelerated] | None:
+    """What stands in for instances of just that class; None where nothing does."""
+    host = _host_of(cls)
+    if host is None:
+        return None
+    fast = _classes(host).get(cls)
+    # fully_shard has changed the class of its module, too: to one with FSDP's methods before those of the host.
+    if fast is None and len(cls.__bases__) == 2 and cls.__bases__[0].__module__.startswith("torch.distributed."):
+        within = _fast_class(cls.__bases__[1])
+        fast = None if within is None else _sharded(cls, within)
+    return fast
+
+
+@functools.cache
+def _sharded(cls: type, fast: type[Accelerated]) -> type[Accelerated]:
+    """`fast` with the methods that fully_shard has put before those of the host, which made its class `cls`."""
+    mixin = cls.__bases__[0]
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(f"{mixin.__name__.removesuffix('Module')}{fast.__name__}", (mixin, fast), {**own, "host_class": cls})
 
 
 def _classes(host: str) -> dict[type, type[Accelerated]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC
 from inspect import isfunction
 from typing import Any, ClassVar
 
 from torch import nn
 
-from .weights import as_latent_major, as_row_major
+from .weights import as_latent_major, as_row_major, is_in_buckets
 
 
 class Accelerated:
@@ -55,22 +56,20 @@ class AcceleratedModule(Accelerated):
     """An accelerated `nn.Module`, some of whose weights are kept by latent in memory."""
 
     transposed: ClassVar[tuple[str, ...]] = ()
-    """Names of parameters `[D, F]`: their `.T`, `[F, D]`, is contiguous while the module is accelerated."""
+    """Names of parameters `[D, F]`: their `.T`, `[F, D]`, is contiguous while the module is accelerated.
 
-    @classmethod
-    def obstacle(cls, obj: nn.Module) -> str | None:
-        if (reason := super().obstacle(obj)) is not None:
-            return reason
-        bad = [name for name in cls.transposed if _matrix(obj, name) is None]
-        return f"{bad[0]} that needs to be a plain nn.Parameter of two dimensions, and is not" if bad else None
+    One that is no plain parameter, or that somebody else holds (`weights.is_held`), keeps its layout, and kernels copy
+    it in every call.
+    """
 
     def _attach(self) -> None:
         for name in self.transposed:
-            as_latent_major(self.get_parameter(name))
+            if (weight := _matrix(self, name)) is not None:
+                as_latent_major(weight)
+                _warn_kept(name, weight)
 
     def _detach(self) -> None:
         for name in self.transposed:
-            # Somebody may have parametrised it since.
             if (weight := _matrix(self, name)) is not None:
                 as_row_major(weight)
 
@@ -90,7 +89,7 @@ class AcceleratedModule(Accelerated):
         """The host's. With `assign` the file's tensors are laid out anew."""
         loaded = super().load_state_dict(*args, **kwargs)
         for weight in (_matrix(self, name) for name in self.transposed):
-            if weight is not None and not weight.T.is_contiguous():
+            if weight is not None:
                 as_latent_major(weight)
         return loaded
 
@@ -110,6 +109,16 @@ def _matrix(module: nn.Module, name: str) -> nn.Parameter | None:
     except AttributeError:
         return None
     return parameter if parameter.ndim == 2 else None
+
+
+def _warn_kept(name: str, weight: nn.Parameter) -> None:
+    # What lays weights out by itself, as FSDP does, comes first in any case; with this the other order is faster.
+    if not weight.T.is_contiguous() and is_in_buckets(weight):
+        warnings.warn(
+            f"{name} keeps its layout in memory, since DistributedDataParallel has made buckets for it: results are "
+            "right, but every call copies it; to avoid that, accelerate before wrapping",
+            stacklevel=4,
+        )
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from ..optim import adam_step
+from .weights import lay_out_moments, lay_out_state
 
 _PLAIN = {"amsgrad": False, "maximize": False, "weight_decay": 0, "capturable": False, "differentiable": False}
-_followed: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
-"""Optimizers that stay torch's, with the hook that lays out their state."""
 
 
 class FastAdam(torch.optim.Adam):
@@ -30,7 +27,7 @@ class FastAdam(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         if not self._is_plain():
-            _lay_out_state(self)
+            lay_out_state(self)
             _torch_step(self)
             return loss
         for group in self.param_groups:
@@ -57,7 +54,7 @@ class FastAdam(torch.optim.Adam):
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         # Loaded from a file, or of a parameter that was laid out anew.
-        _lay_out(state, param)
+        lay_out_moments(state, param)
         state["step"] += 1
         adam_step(
             param,
@@ -75,18 +72,10 @@ class FastAdam(torch.optim.Adam):
 
 
 def speed_up(optimizer: Optimizer) -> None:
-    """Turn a `torch.optim.Adam` that is not fused into a FastAdam, in place; lay out the state of any optimizer.
-
-    Fused steps of torch go through parameter, gradient and state in the order each has in memory. The state of an
-    optimizer that keeps its class is laid out like the parameters before each step, since it may have been loaded.
-    """
+    """Turn a `torch.optim.Adam` that is not fused into a FastAdam, in place; leave any other optimizer as it is."""
     if type(optimizer) is torch.optim.Adam and not _is_fused(optimizer):
         optimizer.__class__ = FastAdam
         _settle(optimizer)
-    elif isinstance(optimizer, Optimizer) and type(optimizer) is not FastAdam:
-        _lay_out_state(optimizer)
-        if optimizer not in _followed:
-            _followed[optimizer] = optimizer.register_step_pre_hook(_lay_out_state)
 
 
 def slow_down(optimizer: Optimizer) -> None:
@@ -94,9 +83,6 @@ def slow_down(optimizer: Optimizer) -> None:
     if type(optimizer) is FastAdam:
         optimizer.__class__ = torch.optim.Adam
         _settle(optimizer)
-    elif optimizer in _followed:
-        _followed.pop(optimizer).remove()
-        _lay_out_state(optimizer)
 
 
 def _torch_step(optimizer: FastAdam) -> None:
@@ -115,7 +101,7 @@ def _is_ours(param: Tensor) -> bool:
 
 def _settle(optimizer: Optimizer) -> None:
     """Lay moments out as their parameters are now, and have `step` be that of the class the optimizer has now."""
-    _lay_out_state(optimizer)
+    lay_out_state(optimizer)
     # The step of a class runs hooks from its first instance on.
     optimizer._patch_step_function()
     # A scheduler of the learning rate has replaced the method, on the instance, by one that calls the function it found
@@ -129,16 +115,3 @@ def _settle(optimizer: Optimizer) -> None:
 
     step._wrapped_by_lr_sched = True
     optimizer.step = step
-
-
-def _lay_out_state(optimizer: Optimizer, *_) -> None:
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            _lay_out(optimizer.state.get(param, {}), param)
-
-
-def _lay_out(state: dict, param: Tensor) -> None:
-    """Give moments the strides of their parameter."""
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.shape == param.shape and value.stride() != param.stride():
-            state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
