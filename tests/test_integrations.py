@@ -12,6 +12,7 @@ import types
 import warnings
 from abc import ABC
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -311,6 +312,37 @@ def test_no_host_is_imported_unasked():
         "print(sorted(name for name in i._HOSTS if name in sys.modules))"
     )
     assert said.splitlines()[-1] == "[]"
+
+
+@imports_torch_jit
+def test_a_refusal_says_what_to_accelerate(host):
+    coder = Coder()
+    nested = nn.Sequential(nn.ReLU(), nn.ModuleDict({"sae": coder}))
+    expected = {
+        Coder: r"the class hosted\.coder\.Coder itself: accelerate an instance",
+        "sae/cfg.json": r"'sae/cfg\.json': load what it names",
+        Path("sae"): r"Path\('sae'\): load what it names",
+        (coder,): r"a tuple: accelerate each of its elements",
+        nn.ModuleList([coder]): r"a ModuleList: accelerate each of its elements",
+        nn.ModuleDict({"sae": coder}): r"a ModuleDict: accelerate each value",
+        nested: r"a torch\.nn\.modules\.container\.Sequential: accelerate\(obj\.get_submodule\('1\.sae'\)\)",
+        torch.compile(coder): r"OptimizedModule: accelerate\(obj\._orig_mod\), best before it is wrapped",
+        nn.DataParallel(coder): r"DataParallel: accelerate\(obj\.module\), best before",
+        torch.optim.swa_utils.AveragedModel(coder): r"AveragedModel: accelerate\(obj\.module\), best before",
+        nn.DataParallel(accelerate(Coder())): r"DataParallel, in which obj\.module is accelerated already",
+        Unknown(): r"Unknown, a subclass of hosted\.coder\.Coder: what it overrides would be lost",
+    }
+    for obj, message in expected.items():
+        with pytest.raises(TypeError, match=rf"got .*{message}.*; there are .*sae_lens"):
+            accelerate(obj)
+    for obj, message in (
+        ([coder], "a list: accelerate each of its elements"),
+        ({"sae": coder}, "a dict: accelerate each value"),
+        (coder.state_dict(), r"a OrderedDict of tensors: load them into an object of their host"),
+    ):
+        with pytest.raises(TypeError, match=rf"got .*{message}.*; there are .*sae_lens"):
+            accelerate(obj)
+    assert type(coder) is Coder
 
 
 @pytest.mark.parametrize("assign", [False, True])

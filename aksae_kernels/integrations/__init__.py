@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
+
+from torch import Tensor, nn
 
 from .accelerated import Accelerated
 
@@ -77,10 +81,11 @@ def accelerate(obj: Any) -> Any:
 
     Args:
         obj: an instance of one of the classes listed in the README, not of a subclass of somebody's own: what that
-            overrides would be lost. Compile, parametrise or replace methods on the instance afterwards.
+            overrides would be lost. Compile, parametrise or replace methods on the instance afterwards. Of a wrapper
+            (`torch.compile`, DistributedDataParallel) it is the module inside, of a list each element.
 
     Raises:
-        TypeError: the object is of none of those classes; the message lists them.
+        TypeError: the object is of none of those classes; the message lists them, and says what of the object is.
         ValueError: it is, but is configured for something the kernels do not do, or hides an accelerated method behind
             an attribute of its own; the message says what.
 
@@ -92,7 +97,7 @@ def accelerate(obj: Any) -> Any:
     if fast is None:
         supported = "; ".join(f"{name}: {known.supported}" for name, known in _HOSTS.items())
         raise TypeError(
-            f"obj must be an object of a class that can be accelerated, got {_name(type(obj))}; there are {supported}"
+            f"obj must be an object of a class that can be accelerated, got {_describe(obj)}; there are {supported}"
         )
     reason = fast.obstacle(obj)
     if reason is not None:
@@ -163,6 +168,37 @@ def _warn_untested(host: str) -> None:
         warnings.warn(
             f"{_HOSTS[host].distribution} is {installed}; accelerate is tested with {_HOSTS[host].tested}", stacklevel=3
         )
+
+
+def _describe(obj: Any) -> str:
+    """What the object is and, where that can be told, what to accelerate in its stead."""
+    name = _name(obj if isinstance(obj, type) else type(obj))
+    if isinstance(obj, type):
+        return f"the class {name} itself: accelerate an instance of it"
+    if isinstance(obj, (str, os.PathLike)):
+        return f"{obj!r}: load what it names by its own codebase, and accelerate the object"
+    if isinstance(obj, (list, tuple, set, frozenset, nn.ModuleList)):
+        return f"a {type(obj).__name__}: accelerate each of its elements"
+    if isinstance(obj, (Mapping, nn.ModuleDict)):
+        is_state = any(isinstance(value, Tensor) for value in obj.values())
+        instead = "load them into an object of their host, and accelerate that" if is_state else "accelerate each value"
+        return f"a {type(obj).__name__}{' of tensors' if is_state else ''}: {instead}"
+    for base in type(obj).__mro__[1:]:
+        if _fast_class(base) is not None:
+            return f"{name}, a subclass of {_name(base)}: what it overrides would be lost"
+    if isinstance(obj, nn.Module):
+        for path, part in obj.named_modules():
+            if isinstance(part, Accelerated):
+                return f"a {name}, in which {_expression(path)} is accelerated already"
+            if _fast_class(type(part)) is not None:
+                return f"a {name}: accelerate({_expression(path)}), best before it is wrapped"
+    return name
+
+
+def _expression(path: str) -> str:
+    """Python for the submodule of that path in `obj`."""
+    is_plain = all(name.isidentifier() for name in path.split("."))
+    return f"obj.{path}" if is_plain else f"obj.get_submodule({path!r})"
 
 
 def _name(cls: type) -> str:

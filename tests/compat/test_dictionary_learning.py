@@ -315,7 +315,7 @@ def test_what_is_not_supported_is_refused():
     class Own(AutoEncoderTopK):
         pass
 
-    with pytest.raises(TypeError, match="Own; there are"):
+    with pytest.raises(TypeError, match=r"Own, a subclass of .*AutoEncoderTopK: .*; there are"):
         accelerate(Own(D, F, K))
     odd = trainer("topk", dict_class=lambda d_in, d_sae, k: BatchTopKSAE(d_in, d_sae, k))
     with pytest.raises(ValueError, match=r"got a .*TopKTrainer with an autoencoder of class BatchTopKSAE"):

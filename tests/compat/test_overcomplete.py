@@ -290,5 +290,5 @@ def test_the_fast_class_can_be_constructed():
 
 
 def test_a_subclass_is_refused():
-    with pytest.raises(TypeError, match=r"RATopKSAE; there are .*overcomplete: TopKSAE"):
+    with pytest.raises(TypeError, match=r"RATopKSAE, a subclass of .*TopKSAE: .*; there are .*overcomplete: TopKSAE"):
         accelerate(RATopKSAE(D, F, torch.randn(9, D), top_k=K))
