@@ -7,7 +7,8 @@ from abc import ABC
 from inspect import isfunction
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .weights import as_latent_major, as_row_major, is_in_buckets
 
@@ -119,6 +120,11 @@ def _warn_kept(name: str, weight: nn.Parameter) -> None:
             "right, but every call copies it; to avoid that, accelerate before wrapping",
             stacklevel=4,
         )
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether the tensor has data to decide by: not on the meta device, nor among fake tensors."""
+    return not (tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor))
 
 
 def has_hooks(module: nn.Module) -> bool:

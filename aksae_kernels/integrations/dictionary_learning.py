@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .. import SparseCodes, sparse_decode, topk_encode
 from . import accelerate, deaccelerate
-from .accelerated import AbstractFirst, Accelerated, AcceleratedModule, is_plain_linear
+from .accelerated import AbstractFirst, Accelerated, AcceleratedModule, has_data, is_plain_linear
 from .adam import slow_down, speed_up
 from .sparse import above, at, batch_topk, is_crowded, live, topk
 from .weights import as_latent_major, as_row_major, normalize_rows_, project_rows_
@@ -92,7 +92,7 @@ class FastBatchTopKSAE(AbstractFirst, _LinearAutoEncoder, BatchTopKSAE):
     host_class = BatchTopKSAE
 
     def encode(self, x: Tensor, return_active: bool = False, use_threshold: bool = True):
-        if return_active or use_threshold or not self._is_plain():
+        if return_active or use_threshold or not (self._is_plain() and has_data(x)):
             return super().encode(x, return_active=return_active, use_threshold=use_threshold)
         return self._select(x - self.b_dec).to_dense(self.dict_size)
 
@@ -110,7 +110,8 @@ class FastBatchTopKSAE(AbstractFirst, _LinearAutoEncoder, BatchTopKSAE):
     def _bias(self) -> Tensor:
         """`b_enc`, under autocast in its dtype: an `nn.Linear` rounds the bias, too."""
         bias = self.encoder.bias
-        autocasts = torch.is_autocast_enabled(bias.device.type) and bias.dtype != torch.float64
+        # torch knows no autocast of the meta device, and raises.
+        autocasts = not bias.is_meta and torch.is_autocast_enabled(bias.device.type) and bias.dtype != torch.float64
         return bias.to(torch.get_autocast_dtype(bias.device.type)) if autocasts else bias
 
 

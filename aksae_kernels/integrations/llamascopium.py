@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import SparseCodes, sparse_decode
 from . import accelerate
-from .accelerated import Accelerated, AcceleratedModule, has_hooks
+from .accelerated import Accelerated, AcceleratedModule, has_data, has_hooks
 from .adam import slow_down, speed_up
 from .sparse import above, at, batch_topk, topk
 
@@ -34,7 +34,8 @@ class FastSparseAutoEncoder(AcceleratedModule, SparseAutoEncoder):
     result until then.
 
     The host's own, dense code runs with hooks on `hook_hidden_pre` or `hook_feature_acts`, with a sparsity loss, for
-    `encode(return_hidden_pre=True)`, and for the training of "jumprelu".
+    `encode(return_hidden_pre=True)`, for the training of "jumprelu", and without data (on the meta device) where the
+    width of the codes would be data.
 
     Other than in the host, `use_triton_kernel` does not change what is decoded: there it passes the decoder transposed.
     """
@@ -53,7 +54,7 @@ class FastSparseAutoEncoder(AcceleratedModule, SparseAutoEncoder):
         return None
 
     def encode(self, x: Tensor, return_hidden_pre: bool = False, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
-        if return_hidden_pre or not self._is_sparse():
+        if return_hidden_pre or not self._is_sparse(x):
             return super().encode(x, return_hidden_pre, **kwargs)
         return self._encode(x).to_dense(self.cfg.d_sae)
 
@@ -63,7 +64,7 @@ class FastSparseAutoEncoder(AcceleratedModule, SparseAutoEncoder):
     def forward(
         self, x: Tensor, encoder_kwargs: dict[str, Any] | None = None, decoder_kwargs: dict[str, Any] | None = None
     ) -> Tensor:
-        if encoder_kwargs or not self._is_sparse():
+        if encoder_kwargs or not self._is_sparse(x):
             return super().forward(x, encoder_kwargs or {}, decoder_kwargs or {})
         with timer.time("forward"):
             return self._decode(self._encode(x))
@@ -72,7 +73,7 @@ class FastSparseAutoEncoder(AcceleratedModule, SparseAutoEncoder):
         self, batch: dict[str, Tensor], label: Tensor | None = None, **options: Any
     ) -> Tensor | dict[str, Any]:
         dense = options.get("sparsity_loss_type") is not None or self.cfg.act_fn.lower() == "jumprelu"
-        if dense or not self._is_sparse():
+        if dense or not self._is_sparse(self.prepare_input(batch)[0]):
             return super().compute_loss(batch, label, **options)
         with timer.time("compute_loss"):
             return self._compute_loss(batch, **options)
@@ -126,9 +127,11 @@ class FastSparseAutoEncoder(AcceleratedModule, SparseAutoEncoder):
             auxk_coefficient=auxk_coefficient,
         )
 
-    def _is_sparse(self) -> bool:
-        """Whether nobody looks at dense scores or activations, and no gradient is wanted that needs them."""
+    def _is_sparse(self, x: Tensor) -> bool:
+        """Whether nobody looks at dense scores or activations, no gradient needs them, and codes can be made of x."""
         if any(has_hooks(point) for point in (self.hook_hidden_pre, self.hook_feature_acts)):
+            return False
+        if self.cfg.act_fn.lower() != "topk" and not has_data(x):
             return False
         return self.cfg.act_fn.lower() != "jumprelu" or not torch.is_grad_enabled()
 

@@ -17,7 +17,8 @@ dead latents, and here for the width of the codes of BatchTopK and JumpReLU.
 
 Where somebody looks at dense activations or puts others in their place (a hook on `hook_sae_input`, on
 `hook_sae_acts_pre`, on the activation function; in a forward or a training step also on `hook_sae_acts_post`), where an
-error term is asked for, and where more than a sixteenth of the latents fire, the host's own code runs.
+error term is asked for, where more than a sixteenth of the latents fire, and on the meta device where the width of
+codes would be data, the host's own code runs.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 
 from .. import SparseCodes, sparse_decode
 from . import accelerate, deaccelerate
-from .accelerated import Accelerated, AcceleratedModule, has_hooks
+from .accelerated import Accelerated, AcceleratedModule, has_data, has_hooks
 from .adam import slow_down, speed_up
 from .sparse import above, at, batch_topk, encode_at, from_dense, has_tangent, is_crowded, topk
 
@@ -129,7 +130,7 @@ class _SparseSAE(AcceleratedModule):
         return self.hook_sae_output(self._decode(encoded.codes))
 
     def _encode(self, x: Tensor) -> _Encoded | None:
-        """None where too many latents fire."""
+        """None where the host's own code has to run: too many latents fire, or there is no data to tell how many."""
         sae_in, b_enc = self._encoder_input(x)
         norm = self._decoder_norms() if self._is_rescaled() else None
         codes = self._select(sae_in, b_enc, norm)
@@ -174,7 +175,9 @@ class _SparseSAE(AcceleratedModule):
 class _TrainingSAE(_SparseSAE):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         x = step_input.sae_in
-        encoded = None if self._is_watched(self.hook_sae_acts_post) else self._encode(x)
+        # What a step hands out is as wide as its longest row: that is data.
+        is_hosts = self._is_watched(self.hook_sae_acts_post) or not has_data(x)
+        encoded = None if is_hosts else self._encode(x)
         if encoded is None:
             return super().training_forward_pass(step_input)
         sae_out = self._decode(encoded.codes)
@@ -274,7 +277,9 @@ class FastBatchTopKTrainingSAE(_TopKTrainingSAE, BatchTopKTrainingSAE):
         self.update_topk_threshold(feature_acts.values().clone())
         return {"topk_threshold": self.topk_threshold}
 
-    def _select(self, x: Tensor, b_enc: Tensor, norm: Tensor | None) -> SparseCodes:
+    def _select(self, x: Tensor, b_enc: Tensor, norm: Tensor | None) -> SparseCodes | None:
+        if not has_data(x):
+            return None
         budget = int(self.activation_fn.k * x.shape[:-1].numel())
         return batch_topk(x, self.W_enc.T, b_enc, budget, None if norm is None else norm.detach())
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from .. import SparseCodes, batch_topk_select, sparse_encode, threshold_select, topk_encode, topk_select
+from .accelerated import has_data
 
 _SLACK = 8
 """How many times the latents of an average row a row may have before the scores of all latents are kept at once."""
@@ -79,7 +80,12 @@ def above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseC
 
 
 def is_crowded(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> bool:
-    """Whether, by a few rows of `x [..., D]`, too many scores are `> 0` and above their threshold for codes to pay."""
+    """Whether, by a few rows of `x [..., D]`, too many scores are `> 0` and above their threshold for codes to pay.
+
+    True as well without data to look at, where the host's own code has to run.
+    """
+    if not has_data(x):
+        return True
     rows = x.detach().reshape(-1, x.shape[-1])
     rows = rows[:: max(1, len(rows) // _SAMPLE)]
     hits = F.linear(rows, W_enc.detach(), b_enc.detach()) > threshold.detach().clamp(min=0)
@@ -89,10 +95,11 @@ def is_crowded(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> bo
 def from_dense(acts: Tensor) -> SparseCodes | None:
     """The entries of `acts [..., F]` that are not 0, without gradient, if few are and none is negative or NaN.
 
-    None if not, or if `acts` is differentiated, in either mode: that concerns every entry, zeros too.
+    None if not, if `acts` has no data to tell, and if it is differentiated, in either mode: that concerns every entry,
+    zeros too.
     """
     is_differentiated = (torch.is_grad_enabled() and acts.requires_grad) or has_tangent(acts)
-    if is_differentiated or not acts.numel() or not bool(acts.min() >= 0):
+    if is_differentiated or not acts.numel() or not has_data(acts) or not bool(acts.min() >= 0):
         return None
     width = acts.shape[-1] // (2 * _SLACK)
     codes = topk_select(acts, width)
@@ -110,7 +117,8 @@ def padded(codes: SparseCodes) -> tuple[Tensor, Tensor]:
     indices = codes.indices.where(mask, 0).long()
     values = codes.values.where(mask, 0)
     if indices.shape[-1]:
-        somewhere = indices.flatten()[mask.flatten().int().argmax()] if indices.numel() else 0
+        # By take: an index that is a tensor is read by the host on some devices, and there is nothing to read on meta.
+        somewhere = indices.take(mask.int().argmax()) if indices.numel() else 0
         spare = torch.where(codes.counts > 0, indices[..., 0], somewhere).unsqueeze(-1)
         indices = indices.where(mask, spare)
     return values, indices

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from sparsify import SparseCoder, Trainer
@@ -90,7 +92,7 @@ class FastSparseCoder(AcceleratedModule, SparseCoder):
 
     def _decode(self, codes: SparseCodes) -> Tensor:
         assert self.W_dec is not None, "the coder was made without a decoder"
-        with torch.autocast(codes.values.device.type, enabled=False):
+        with _without_autocast(codes.values.device):
             return sparse_decode(codes._replace(values=codes.values.to(self.dtype)), self.W_dec, self.b_dec)
 
     def _auxk_error(self, z: Tensor, e: Tensor, dead_mask: Tensor) -> Tensor:
@@ -103,12 +105,12 @@ class FastSparseCoder(AcceleratedModule, SparseCoder):
         W_enc, b_enc = self.encoder.weight.index_select(0, dead), self.encoder.bias[dead]
         if len(dead) <= k:
             acts = F.linear(z, W_enc, b_enc).relu()
-            with torch.autocast(z.device.type, enabled=False):
+            with _without_autocast(z.device):
                 e_hat = acts.to(self.dtype) @ self.W_dec.index_select(0, dead)
             return len(dead) / k * (e_hat - e).pow(2).sum()
         codes = topk_encode(z, W_enc, b_enc, k=k)
         codes = codes._replace(values=codes.values.to(self.dtype), indices=at(dead, codes).int())
-        with torch.autocast(z.device.type, enabled=False):
+        with _without_autocast(z.device):
             return decode_mse(codes, self.W_dec, None, e.to(self.dtype)).sum().to(e.dtype)
 
 
@@ -137,6 +139,11 @@ class FastTrainer(Accelerated, Trainer):
             deaccelerate(coder)
         for optimizer in self.optimizers:
             slow_down(optimizer)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    # torch knows no autocast of the meta device, and raises.
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _best(codes: SparseCodes, k: int) -> SparseCodes:

@@ -17,11 +17,13 @@ def decode_dense(acts: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """`acts @ W_dec + b_dec` of `acts [..., F]`, from the codes that the data holds wherever few latents are active.
 
     The codes are read off `acts` itself, so edits between encode and decode count. The product is dense where a row
-    has a negative entry, or too many active ones, and where `acts` is differentiated, in either mode: zero entries have
-    derivatives too. Deciding reads `acts` once, and waits for an accelerator.
+    has a negative entry, or too many active ones, where `acts` has no data to tell (meta and fake tensors), and where
+    it is differentiated, in either mode: zero entries have derivatives too. Deciding reads `acts` once, and waits for
+    an accelerator.
     """
     is_differentiated = (torch.is_grad_enabled() and acts.requires_grad) or unpack_dual(acts).tangent is not None
-    codes = None if is_differentiated else _codes_of(acts)
+    has_data = not (acts.is_meta or isinstance(acts, torch._subclasses.FakeTensor))
+    codes = _codes_of(acts) if has_data and not is_differentiated else None
     if codes is None:
         return F.linear(acts, W_dec.T, b_dec)
     return sparse_decode(codes, W_dec, b_dec)
