@@ -105,6 +105,15 @@ def test_saving_again_leaves_no_old_split(tmp_path):
     assert json.loads((tmp_path / "layers.0" / "config.json").read_text())["dataset_repo"] == "some/text"
 
 
+def test_sizes_may_be_integers_of_numpy(tmp_path):
+    cache = make_cache()
+    again = LatentCache(cache.encoders, {name: np.int64(size) for name, size in cache.d_sae.items()})
+    assert again.d_sae == cache.d_sae
+    assert {type(size) for size in again.d_sae.values()} == {int}
+    cache.save(tmp_path, model_name="tiny", n_splits=np.int64(3))
+    assert read(tmp_path / "layers.0") == expected("layers.0")
+
+
 def test_files_of_others_stay(tmp_path):
     folder = tmp_path / "layers.0"
     folder.mkdir()

@@ -5,6 +5,7 @@ Imports nothing of delphi; its loader of eai-delphi 0.1.3 reads the files.
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -73,9 +74,10 @@ class LatentCache:
         self.latents = dict(latents or {})
         if self.d_sae.keys() != self.encoders.keys():
             raise UserError(f"d_sae: got {sorted(self.d_sae)}, needs the hook points {sorted(self.encoders)}")
-        for size in self.d_sae.values():
-            if type(size) is not int or size < 1:
+        for name, size in self.d_sae.items():
+            if not _is_int(size) or size < 1:
                 raise UserError(f"d_sae: got {size!r}, needs an int from 1 up")
+            self.d_sae[name] = operator.index(size)
         if not self.latents.keys() <= self.encoders.keys():
             raise UserError(f"latents: got {sorted(self.latents)}, needs some of {sorted(self.encoders)}")
         self._batches: dict[str, list[_Batch]] = {name: [] for name in self.encoders}
@@ -133,8 +135,9 @@ class LatentCache:
         """
         if not self._tokens:
             raise UserError("save: got no batch, needs at least one added before")
-        if type(n_splits) is not int or not 1 <= n_splits <= min(self.d_sae.values()):
+        if not _is_int(n_splits) or not 1 <= n_splits <= min(self.d_sae.values()):
             raise UserError(f"n_splits: got {n_splits!r}, needs 1 to d_sae = {min(self.d_sae.values())}")
+        n_splits = operator.index(n_splits)
         for name in self.encoders:
             _refuse_others(Path(folder) / name / "config.json")
         tokens = np.concatenate(self._tokens)
@@ -166,6 +169,11 @@ class LatentCache:
                 raise UserError(
                     f"activations: got {list(tensor.shape)} for {name}, needs [{len(tokens)}, {tokens.shape[1]}, D]"
                 )
+
+
+def _is_int(value: object) -> bool:
+    """Whether it is an integer, Python's or NumPy's."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _fired(codes: SparseCodes, d_sae: int, first: int, seq: int, latents: Tensor | None) -> _Batch:

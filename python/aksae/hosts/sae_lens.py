@@ -51,7 +51,10 @@ class _KMapConfig:
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validate_sae(self.adaptivek_config())
+        config = self.adaptivek_config()
+        validate_sae(config)
+        # As plain ints, which a file can hold.
+        self.k_min, self.k_max = config.k_min, config.k_max
 
     def adaptivek_config(self) -> AdaptiveKConfig:
         """The config of the `AdaptiveKSAE` with this shape and map."""
