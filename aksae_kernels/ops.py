@@ -595,7 +595,8 @@ def sparse_decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None
     require_decoder(W_dec, b_dec)
     require_alike(values=values, W_dec=W_dec, b_dec=b_dec)
     y = torch.ops.aksae.sparse_decode(*flat, W_dec, b_dec, dispatch.requested())
-    return y.view(*lead, W_dec.shape[1])
+    # A view of the result would differ from it in nothing, but in what may be done with it in place.
+    return y if len(lead) == 1 else y.view(*lead, W_dec.shape[1])
 
 
 def decode_mse(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, target: Tensor) -> Tensor:
