@@ -78,7 +78,7 @@ class SparseCodes(NamedTuple):
         *rows, _ = live.nonzero(as_tuple=True)
         place = torch.stack([*rows, self.indices[live].long()])
         values, shape = self.values[live], (*self.counts.shape, d_sae)
-        options = {"device": values.device, "check_invariants": False}
+        options: dict[str, Any] = {"device": values.device, "check_invariants": False}
         if bool(((self.indices[..., 1:] > self.indices[..., :-1]) | ~live[..., 1:]).all()):
             # As this library makes them: nothing is left to sort or to add up.
             return torch.sparse_coo_tensor(place, values, shape, is_coalesced=True, **options)

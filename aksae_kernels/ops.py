@@ -210,8 +210,8 @@ def _unpacked(arg: object) -> tuple[object, Tensor | None]:
 
 def _dual(primal: Tensor, *parts: Tensor | None) -> Tensor:
     """`primal` with the sum of the parts for its tangent."""
-    parts = [part for part in parts if part is not None]
-    return torch._VF._make_dual(primal, sum(parts[1:], parts[0]), level=0) if parts else primal
+    given = [part for part in parts if part is not None]
+    return torch._VF._make_dual(primal, sum(given[1:], given[0]), level=0) if given else primal
 
 
 def _at(dense: Tensor | None, indices: Tensor, counts: Tensor) -> Tensor | None:

@@ -92,7 +92,8 @@ class SAEAdam(torch.optim.Optimizer):
                 group.setdefault(name, value)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    # torch's own types know of closures that return a float alone.
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step over all parameters that have a gradient; returns what `closure` returns."""
         loss = None
         if closure is not None:
@@ -109,7 +110,7 @@ class SAEAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    self._step_param(param, group, scale)
+                    self._step_param(param, param.grad, group, scale)
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -137,8 +138,8 @@ class SAEAdam(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = loaded[name].to(param.device, acc_dtype(param.dtype), copy=True)
 
-    def _step_param(self, param: Tensor, group: dict, scale: Tensor | None) -> None:
-        if param.grad.is_sparse:
+    def _step_param(self, param: Tensor, grad: Tensor, group: dict, scale: Tensor | None) -> None:
+        if grad.is_sparse:
             raise ValueError("SAEAdam takes dense gradients, got a sparse one")
         state = self.state[param]
         if not state:
@@ -148,7 +149,7 @@ class SAEAdam(torch.optim.Optimizer):
         state["step"] += 1
         adam_step(
             param,
-            param.grad,
+            grad,
             state["exp_avg"],
             state["exp_avg_sq"],
             step=state["step"],

@@ -236,7 +236,13 @@ def adversarial_rows(
         "largest": torch.full_like(normal, info.max).masked_fill(every > 4, math.inf),
         "denormal": (every - 2).double() * (info.smallest_normal * info.eps),
     }
-    return {name: row.to(dtype).to(device) for name, row in rows.items()}
+    return {name: _rounded(row, dtype).to(device) for name, row in rows.items()}
+
+
+def _rounded(row: Tensor, dtype: torch.dtype) -> Tensor:
+    """`row.to(dtype)`, NaN with its sign: on some CPUs torch makes it positive when it rounds to 16 bits."""
+    bits = row.to(dtype).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+    return torch.where(row.isnan() & row.signbit(), bits | torch.iinfo(bits.dtype).min, bits).view(dtype)
 
 
 def random_codes(

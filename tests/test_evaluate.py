@@ -102,7 +102,8 @@ def test_metrics_follow_their_formulas():
 
 
 def test_metrics_are_pooled_and_not_averaged_over_batches():
-    sae, x = make_sae(), Store().x
+    # In fp32 a batch of one row may be encoded by other kernels, and differ in the eighth digit.
+    sae, x = make_sae().double(), Store().x.double()
     whole = measured(sae, x, N).result()
     assert measured(sae, x, 1).result() == pytest.approx(whole, rel=1e-9)
     assert measured(sae, x, 32).result() == pytest.approx(whole, rel=1e-9)

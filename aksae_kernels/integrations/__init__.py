@@ -8,13 +8,15 @@ import os
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
 
 from .accelerated import Accelerated
 
 __all__ = ["accelerate", "deaccelerate"]
+
+T = TypeVar("T")
 
 
 class _Host(NamedTuple):
@@ -45,7 +47,7 @@ _HOSTS = {
 _warned: set[str] = set()
 
 
-def accelerate(obj: Any) -> Any:
+def accelerate(obj: T) -> T:
     """Make an SAE of another codebase, or a trainer with the SAEs in it, run on these kernels: in place, and returned.
 
     The object keeps its identity, its parameters, its `state_dict` keys and the files it writes; its class becomes a
@@ -93,8 +95,8 @@ def accelerate(obj: Any) -> Any:
     """
     if isinstance(obj, Accelerated):
         return obj
-    fast = _fast_class(type(obj))
-    if fast is None:
+    host, fast = _host_of(type(obj)), _fast_class(type(obj))
+    if host is None or fast is None:
         supported = "; ".join(f"{name}: {known.supported}" for name, known in _HOSTS.items())
         raise TypeError(
             f"obj must be an object of a class that can be accelerated, got {_describe(obj)}; there are {supported}"
@@ -102,17 +104,18 @@ def accelerate(obj: Any) -> Any:
     reason = fast.obstacle(obj)
     if reason is not None:
         raise ValueError(f"obj must be something the kernels can do, got a {_name(type(obj))} with {reason}")
-    _warn_untested(_host_of(type(obj)))
-    obj.__class__ = fast
+    _warn_untested(host)
+    accelerated = cast(Any, obj)
+    accelerated.__class__ = fast
     try:
-        obj._attach()
+        accelerated._attach()
     except BaseException:
         deaccelerate(obj)
         raise
     return obj
 
 
-def deaccelerate(obj: Any) -> Any:
+def deaccelerate(obj: T) -> T:
     """Undo `accelerate`, in place: the object's class and the layout of its weights are the host's again; returned.
 
     An object that is not accelerated is left as it is, and so is one of a subclass of an accelerated class: the host
@@ -139,7 +142,8 @@ def _fast_class(cls: type) -> type[Accelerated] | None:
     # fully_shard has changed the class of its module, too: to one with FSDP's methods before those of the host.
     if fast is None and len(cls.__bases__) == 2 and cls.__bases__[0].__module__.startswith("torch.distributed."):
         within = _fast_class(cls.__bases__[1])
-        fast = None if within is None else _sharded(cls, within)
+        # mypy misses that a class is hashable.
+        fast = None if within is None else _sharded(cls, within)  # type: ignore[arg-type]
     return fast
 
 

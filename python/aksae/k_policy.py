@@ -87,9 +87,9 @@ def _check_range(k_min: int, k_max: int, steepness: float, score_min: float, sco
         raise UserError(f"k_max: got {k_max}, needs at least k_min = {k_min}")
     if k_max >= 2**31:
         raise UserError(f"k_max: got {k_max}, needs less than 2**31")
-    for name, value in (("steepness", steepness), ("score_min", score_min), ("score_max", score_max)):
+    for name, number in (("steepness", steepness), ("score_min", score_min), ("score_max", score_max)):
         # Compared, since torch.compile may trace the settings as symbols, of which it knows no `math.isfinite`.
-        if not -math.inf < value < math.inf:
-            raise UserError(f"{name}: got {value}, needs a finite number")
+        if not -math.inf < number < math.inf:
+            raise UserError(f"{name}: got {number}, needs a finite number")
     if score_min >= score_max:
         raise UserError(f"score_max: got {score_max}, needs more than score_min = {score_min}")

@@ -63,7 +63,7 @@ class AdaptiveKSAE(nn.Module):
     def k_for(self, x: Tensor) -> Tensor:
         """k of each vector of `x [..., D]`, `[...]` int32."""
         if self.probe is None:
-            return torch.full(x.shape[:-1], self.config.k, dtype=torch.int32, device=x.device)
+            return torch.full(x.shape[:-1], self.k_bound, dtype=torch.int32, device=x.device)
         return k_of_score(self.probe(x), self.config)
 
     def encode(self, x: Tensor, k: int | Tensor | None = None, *, k_max: int | None = None) -> SparseCodes:
