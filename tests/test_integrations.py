@@ -12,6 +12,7 @@ import types
 import warnings
 from abc import ABC
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ class Unknown(Coder):
 def install_host(patch: pytest.MonkeyPatch) -> None:
     """A host package `hosted` with the class Coder, and our module for it."""
     patch.setattr(Coder, "__module__", "hosted.coder")
-    patch.setitem(integrations._HOSTS, "hosted", integrations._Host("torch", torch.__version__, "Coder"))
+    patch.setitem(integrations._HOSTS, "hosted", integrations._Host("torch", version("torch"), "Coder"))
     name = "aksae_kernels.integrations.hosted"
     patch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules[name].FastCoder = FastCoder
