@@ -263,6 +263,7 @@ def spoil(checkpoint) -> None:
     safetensors.torch.save_file({name: tensor + 1 for name, tensor in tensors.items()}, checkpoint / "sae.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "message"), OTHER_THINGS.values(), ids=OTHER_THINGS)
 def test_eval_refuses_what_the_run_was_not_trained_on(own, capsys, change, message):
     folder = own[0]
