@@ -1,8 +1,9 @@
 """`python -m benchmarks.gpu_check`: whether the kernels work on the GPU at hand, within 6 minutes.
 
-It needs no package index: it builds the kernels in place, for this device's architecture alone, runs the GPU tests, one
-call of every op under each tool of compute-sanitizer, and the headline of `benchmarks.gpu_suite`. Every step has a time
-limit of its own, and what is left of the 6 minutes bounds it, too. A step that fails does not stop the others.
+It needs no package index, and of packages only torch, Triton and pytest: it builds the kernels in place, for this
+device's architecture alone, runs the GPU tests, one call of every op under each tool of compute-sanitizer, and the
+headline of `benchmarks.gpu_suite`. Every step has a time limit of its own, and what is left of the 6 minutes bounds it,
+too. A step that fails does not stop the others.
 
 Last, one page says what every step found, and what was cut off, left out or not there; `DIR/<device>-check.json` holds
 the same. The exit status is 1 if a step failed. A build, tests or a suite that do not end have failed; a sanitizer that
@@ -38,6 +39,14 @@ _BUILD_REPORT = Path(__file__).parent.parent / "aksae_kernels" / "_build_report.
 # The suite starts no part that would not end in its time, and may be wrong about one.
 _SUITE_MARGIN_S = 15
 _MOST_WORKERS = 12
+TEST_FILES = tuple(
+    f"tests/test_{name}.py"
+    for name in (
+        *("codes", "compile", "decode", "encode", "forward_mode", "gpu_suite"),
+        *("layers", "optim", "screen", "select", "triton"),
+    )
+)
+"""Those with tests on a GPU. Others import what only the training package needs."""
 _MOST_LINES = 6
 
 
@@ -80,7 +89,7 @@ def architecture_of(major: int, minor: int) -> str:
 
 def gpu_tests(limit_s: float) -> Finding:
     """On several processes where pytest-xdist is there: most of the time goes to oracles and to Triton's compiler."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *TEST_FILES]
     env = {}
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(_MOST_WORKERS, os.cpu_count() or 1))]

@@ -21,6 +21,10 @@ from benchmarks.gpu import calls, correctness, sanitizer, table, targets
 
 ROOT = Path(__file__).parent.parent
 BUILT = {"aksae_kernels._C": None, "aksae_kernels._C_cuda": None}
+TRAINING_PACKAGES = (
+    *("accelerate", "datasets", "gguf", "matplotlib", "openai", "pyarrow", "pyphen", "safetensors"),
+    *("textstat", "tqdm", "transformers", "tyro"),
+)
 STEPS = ["build", "tests", "memcheck", "racecheck", "synccheck", "initcheck", "headline"]
 
 pytestmark = pytest.mark.slow
@@ -108,6 +112,7 @@ def test_the_commands(toy, monkeypatch):
     assert env == {"TORCH_CUDA_ARCH_LIST": "9.0a", "MAX_JOBS": "16"}
     limit, command, env = toy.ran["pytest"]
     assert command[:6] == [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+    assert [word for word in command if word.endswith(".py")] == list(gpu_check.TEST_FILES)
     assert command[-2:] == ["-n", "12"]
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
         limit, command, env = toy.ran[tool]
@@ -293,6 +298,33 @@ def test_those_calls_run_on_the_backend_they_are_for(op):
         patch.setattr(ak.dispatch, "choose", refuse)
         with pytest.raises(Asked):
             calls.call(op, torch.device("cpu"), torch.float32)
+
+
+def test_every_file_with_tests_on_a_gpu_is_named():
+    """Those that mark a test so, or have one that takes a backend and a device from conftest.py."""
+    on_a_device = re.compile(r"pytest\.mark\.gpu\b|^def test_\w+\((?:.*\b)?(?:case|fp32|fp64)\b", re.MULTILINE)
+    of_its_own = re.compile(r'parametrize\(\s*"case"')
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    found = {name for name, text in texts.items() if on_a_device.search(text) and not of_its_own.search(text)}
+    assert found == set(gpu_check.TEST_FILES), "benchmarks/gpu_check.py has their names in TEST_FILES"
+
+
+def test_the_packages_of_the_training_package_are_not_needed():
+    """A bare machine has torch, Triton and pytest; neither what `aksae` depends on nor the other codebases."""
+    code = f"""
+import sys
+for name in {TRAINING_PACKAGES}:
+    sys.modules[name] = None
+import pytest, torch
+from benchmarks import gpu_check, gpu_suite, steps
+from benchmarks.gpu import calls
+from benchmarks.report import NotMeasured
+with pytest.raises(NotMeasured, match="aksae"):
+    steps.OurStep(torch.ones(3, 2), torch.ones(4))
+sys.exit(pytest.main(["--collect-only", "-qqq", "-p", "no:cacheprovider", *gpu_check.TEST_FILES]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_make_gpu_needs_no_index(tmp_path):
