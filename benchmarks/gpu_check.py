@@ -35,18 +35,11 @@ from .report import NotMeasured, write_json
 PASSED, FAILED, CUT_OFF, LEFT_OUT, MISSING = "passed", "failed", "cut off", "left out", "missing"
 # What a step needs at least, and what starting Python and writing the page take.
 _LEAST_S, _RESERVE_S = 10, 15
-_BUILD_REPORT = Path(__file__).parent.parent / "aksae_kernels" / "_build_report.json"
+_ROOT = Path(__file__).parent.parent
+_BUILD_REPORT = _ROOT / "aksae_kernels" / "_build_report.json"
 # The suite starts no part that would not end in its time, and may be wrong about one.
 _SUITE_MARGIN_S = 15
 _MOST_WORKERS = 12
-TEST_FILES = tuple(
-    f"tests/test_{name}.py"
-    for name in (
-        *("codes", "compile", "decode", "encode", "forward_mode", "gpu_suite"),
-        *("layers", "optim", "screen", "select", "triton"),
-    )
-)
-"""Those with tests on a GPU. Others import what only the training package needs."""
 _MOST_LINES = 6
 
 
@@ -87,9 +80,17 @@ def architecture_of(major: int, minor: int) -> str:
     return f"{major}.{minor}" + "a" * ((major, minor) == (9, 0))
 
 
+def gpu_test_files() -> list[str]:
+    """Those with tests that are marked for a GPU, or take a backend and a device from conftest.py. Not all there are:
+    others import what only the training package needs."""
+    on_a_gpu = re.compile(r"pytest\.mark\.gpu\b|^def test_\w+\((?:.*\b)?(?:case|fp32|fp64)\b", re.MULTILINE)
+    paths = sorted((_ROOT / "tests").glob("test_*.py"))
+    return [str(path.relative_to(_ROOT)) for path in paths if on_a_gpu.search(path.read_text())]
+
+
 def gpu_tests(limit_s: float) -> Finding:
     """On several processes where pytest-xdist is there: most of the time goes to oracles and to Triton's compiler."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *TEST_FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *gpu_test_files()]
     env = {}
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(_MOST_WORKERS, os.cpu_count() or 1))]
@@ -97,7 +98,9 @@ def gpu_tests(limit_s: float) -> Finding:
     ended = run_within(limit_s, command, env)
     if ended.status != 0:
         return _failed(ended, r"(?m)^(?:FAILED|ERROR) .*")
-    return Finding(PASSED, [_last_line(ended)])
+    # Tests that find no device are skipped, all of them.
+    counts = _last_line(ended)
+    return Finding(PASSED if re.search(r"\b[1-9]\d* passed", counts) else FAILED, [counts])
 
 
 def sanitized(tool: str, limit_s: float) -> Finding:
