@@ -7,6 +7,7 @@ AKSAE_SKIP_CUDA_BUILD=1 leaves them out. The reasons are kept in `aksae_kernels/
 `aksae_kernels.explain` tells them.
 """
 
+import importlib
 import json
 import os
 import re
@@ -104,7 +105,7 @@ class BuildKernels(build_ext):
 def require_torch():
     """End the build with one line where torch cannot be imported: it would leave all kernels out and look well."""
     try:
-        import torch  # noqa: F401
+        importlib.import_module("torch")
     except ImportError as error:
         raise SystemExit(
             f"aksae: the kernels are built against the torch they run with, and none can be imported here ({error}): "

@@ -166,7 +166,7 @@ def raise_for_codes(indices: Tensor, counts: Tensor, d_sae: int) -> None:
     bad_counts = counts[(counts < 0) | (counts > width)]
     if bad_counts.numel():
         raise ValueError(f"codes.counts must lie in [0, {width}], the width of the rows, got {int(bad_counts[0])}")
-    live = torch.arange(width, device=counts.device) < counts.unsqueeze(-1)
+    live = live_slots(SparseCodes(indices, indices, counts))
     bad_indices = indices[live & ((indices < 0) | (indices >= d_sae))]
     if bad_indices.numel():
         raise IndexError(f"codes.indices must lie in [0, {d_sae}), got {int(bad_indices[0])}")

@@ -12,7 +12,7 @@ from .ops import adam_step
 
 # What `torch.optim.Adam` can do besides, at the values where both are one algorithm. A group has them too, so that
 # either optimizer reads the other's state.
-_ADAM = {"weight_decay": 0, "amsgrad": False, "maximize": False, "differentiable": False}
+PLAIN_ADAM = {"weight_decay": 0, "amsgrad": False, "maximize": False, "differentiable": False}
 # How torch's Adam computes, which is not ours to follow.
 _IMPLEMENTATION = ("foreach", "capturable", "fused", "decoupled_weight_decay")
 _OWN = ("unit_norm_rows", "lazy", "max_grad_norm")
@@ -67,7 +67,7 @@ class SAEAdam(torch.optim.Optimizer):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "unit_norm_rows": False, "lazy": False}
-        defaults |= {"max_grad_norm": max_grad_norm, **_ADAM}
+        defaults |= {"max_grad_norm": max_grad_norm, **PLAIN_ADAM}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -88,7 +88,7 @@ class SAEAdam(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             # Older checkpoints do not have them.
-            for name, value in {"lazy": False, **_ADAM}.items():
+            for name, value in {"lazy": False, **PLAIN_ADAM}.items():
                 group.setdefault(name, value)
 
     @torch.no_grad()
@@ -182,7 +182,7 @@ class SAEAdam(torch.optim.Optimizer):
 
 
 def _require_plain(group: dict) -> None:
-    for name, value in _ADAM.items():
+    for name, value in PLAIN_ADAM.items():
         if group.get(name, value) != value:
             raise ValueError(f"{name} must be {value}, which is all that SAEAdam does, got {group[name]}")
 

@@ -437,6 +437,7 @@ def check_wrapped_first(wrap: str, rank: int, world: int, steps_before: int) -> 
 def check_accelerated_first(wrap: str, rank: int, world: int) -> None:
     """And taken back while it is wrapped."""
     if wrap == "fully_shard":
+        # In the words of torch, which the docstring of `accelerate` quotes.
         with pytest.raises(NotImplementedError, match="non-contiguous parameters"):
             sharded(accelerate(Coder()))
         return

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..optim import adam_step
+from ..optim import PLAIN_ADAM, adam_step
 from .weights import lay_out_moments, lay_out_state
 
-_PLAIN = {"amsgrad": False, "maximize": False, "weight_decay": 0, "capturable": False, "differentiable": False}
+_PLAIN = {**PLAIN_ADAM, "capturable": False}
 
 
 class FastAdam(torch.optim.Adam):

@@ -73,13 +73,15 @@ class FastSparseAutoEncoder(AcceleratedModule, SparseAutoEncoder):
         self, batch: dict[str, Tensor], label: Tensor | None = None, **options: Any
     ) -> Tensor | dict[str, Any]:
         dense = options.get("sparsity_loss_type") is not None or self.cfg.act_fn.lower() == "jumprelu"
-        if dense or not self._is_sparse(self.prepare_input(batch)[0]):
+        x = self.prepare_input(batch)[0]
+        if dense or not self._is_sparse(x):
             return super().compute_loss(batch, label, **options)
         with timer.time("compute_loss"):
-            return self._compute_loss(batch, **options)
+            return self._compute_loss(x, batch, **options)
 
     def _compute_loss(
         self,
+        x: Tensor,
         batch: dict[str, Tensor],
         *,
         l1_coefficient: float = 1.0,
@@ -90,7 +92,7 @@ class FastSparseAutoEncoder(AcceleratedModule, SparseAutoEncoder):
         return_aux_data: bool = True,
         **kwargs: Any,
     ) -> Tensor | dict[str, Any]:
-        x, label, mask = self.prepare_input(batch)[0], self.prepare_label(batch, **kwargs), batch.get("mask")
+        label, mask = self.prepare_label(batch, **kwargs), batch.get("mask")
         with timer.time("encode"):
             codes = self._encode(x)
         with timer.time("decode"):
