@@ -8,6 +8,7 @@ backend. Everything here is slow and obvious on purpose. Where precision matters
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ __all__ = [
     "DoubleDouble",
     "adversarial_rows",
     "check_codes",
+    "check_errors",
     "codes_from_mask",
     "dense_codes",
     "encode_scores",
@@ -110,23 +112,52 @@ def error_ratio(actual: Tensor, expected: Tensor | DoubleDouble, torch_result: T
     of `actual` and `expected` is NaN or infinite and the other is not the same. Raises TypeError for an fp64 `actual`
     and an `expected` of no more digits.
     """
+    return _ratio([_errors(actual, expected, torch_result)])
+
+
+def check_errors(draws: Iterable[Mapping[str, tuple[Tensor, Tensor | DoubleDouble, Tensor]]]) -> None:
+    """Raise AssertionError where a result loses more than twice what PyTorch loses on the same problems.
+
+    Each draw is one problem: by name, the three arguments of `error_ratio`. The largest error of a few sums is a matter
+    of luck, for PyTorch as for a kernel, and so of the order in which this CPU's BLAS adds; in fp32 and fp64, where
+    nothing else is rounded, one draw says little. So the largest error on all draws is compared with PyTorch's largest
+    on all of them, each draw in a unit of its own, the power of two above its largest expected value.
+    """
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for draw in draws:
+        for name, judged in draw.items():
+            errors.setdefault(name, []).append(_errors(*judged))
+    for name, of_draws in errors.items():
+        ratio = _ratio(of_draws)
+        assert ratio <= 2, f"{name} loses {ratio:.3g} times what PyTorch loses"
+
+
+def _ratio(errors: list[tuple[float, float]]) -> float:
+    ours, torchs = map(max, zip(*errors))
+    return ours / torchs if ours else 0.0
+
+
+def _errors(actual: Tensor, expected: Tensor | DoubleDouble, torch_result: Tensor) -> tuple[float, float]:
+    """The largest errors of `actual` and of PyTorch, in units of the power of two above the largest expected value."""
     if actual.dtype == torch.float64 and not isinstance(expected, DoubleDouble):
         raise TypeError("expected must be a DoubleDouble to judge float64, got a tensor")
-    expected = DoubleDouble.of(expected)
+    actual, expected, torch_result = actual.detach(), DoubleDouble.of(expected), torch_result.detach()
     if actual.shape != expected.shape:
-        return math.inf
+        return math.inf, 1.0
     finite = expected.high.isfinite()
     if not torch.equal(finite, actual.isfinite()) or not torch.allclose(
         actual.double()[~finite], expected.high[~finite], rtol=0, atol=0, equal_nan=True
     ):
-        return math.inf
+        return math.inf, 1.0
     if not finite.any():
-        return 0.0
+        return 0.0, 0.0
     expected = expected[finite]
-    floor = 0.5 * torch.finfo(actual.dtype).eps * expected.high.abs().max()
-    lost = (expected - torch_result[finite]).high.abs().max()
-    error = (expected - actual[finite]).high.abs().max()
-    return 0.0 if error == 0 else float(error / torch.maximum(lost, floor))
+    largest = float(expected.high.abs().max())
+    unit = 0.5 ** math.frexp(largest)[1]
+    floor = 0.5 * torch.finfo(actual.dtype).eps * largest
+    lost = float((expected - torch_result[finite]).high.abs().max())
+    error = float((expected - actual[finite]).high.abs().max())
+    return unit * error, unit * max(lost, floor)
 
 
 def check_codes(

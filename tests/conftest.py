@@ -54,6 +54,12 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
 
+    @property
+    def draws(self) -> int:
+        """How many problems `check_errors` judges together: 16-bit results lose far more when rounded at last."""
+        few = 4 if INTERPRETED else 8
+        return few if self.dtype in (torch.float32, torch.float64) else 1
+
     def integers(self, *shape: int, seed: int = 0, high: int = 3) -> torch.Tensor:
         """Integers in [-high, high]: sums are exact, so every correct result has the same bits."""
         generator = torch.Generator().manual_seed(seed)

@@ -14,6 +14,7 @@ from aksae_kernels.double_double import DoubleDouble
 from aksae_kernels.testing import (
     adversarial_rows,
     check_codes,
+    check_errors,
     codes_from_mask,
     dense_codes,
     encode_scores,
@@ -121,6 +122,25 @@ def test_fp64_is_judged_by_more_digits_than_its_own():
     with pytest.raises(TypeError, match="DoubleDouble"):
         error_ratio(one, one, one)
     assert error_ratio(one.float(), one, one.float()) == 0
+
+
+def test_draws_are_judged_together():
+    """Luck on one problem does not count; a loss that PyTorch has on none of them does."""
+
+    def draw(ours: float, torchs: float, scale: float = 1.0) -> dict[str, tuple]:
+        expected = torch.full((3,), scale, dtype=torch.float64)
+        ours, torchs = (scale * torch.tensor([1, 1, 1 + lost * 2.0**-20]) for lost in (ours, torchs))
+        return {"sums": (ours, expected, torchs)}
+
+    check_errors([])
+    check_errors([draw(3, 1), draw(1, 2)])
+    check_errors([draw(2, 1), draw(1, 1)])
+    # Each in a unit of its own: 1000 times larger numbers hide nothing.
+    for scale in (1.0, 1024.0):
+        with pytest.raises(AssertionError, match="sums loses 3 times what PyTorch loses"):
+            check_errors([draw(3, 1), draw(1, 1, scale)])
+    with pytest.raises(AssertionError, match="sums loses inf times"):
+        check_errors([draw(1, 1), draw(float("nan"), 1)])
 
 
 def test_scores_in_fp64_are_rounded_once():

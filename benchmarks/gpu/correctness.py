@@ -18,6 +18,7 @@ from aksae_kernels.optim import SAEAdam
 from aksae_kernels.testing import (
     adversarial_rows,
     check_codes,
+    check_errors,
     codes_from_mask,
     dense_codes,
     encode_scores,
@@ -59,11 +60,7 @@ class Site(NamedTuple):
 
     @property
     def draws(self) -> int:
-        """How many problems are judged together.
-
-        The largest error of a few fp32 sums is a matter of luck, for PyTorch as for us, and so of the order in which
-        this CPU's BLAS adds. 16-bit results lose far more when they are rounded at last.
-        """
+        """How many problems `check_errors` judges together: 16-bit results lose far more when rounded at last."""
         return DRAWS if self.dtype == torch.float32 else 1
 
     def ks(self, n_rows: int, d_sae: int) -> Tensor:
@@ -105,7 +102,7 @@ def _encode_exactly(site: Site) -> None:
 
 
 def _encode_gradients(site: Site) -> None:
-    _within_on_all([_encode_gradients_of(site, 10 * draw) for draw in range(site.draws)])
+    check_errors(_encode_gradients_of(site, 10 * draw) for draw in range(site.draws))
 
 
 def _encode_gradients_of(site: Site, seed: int) -> Judged:
@@ -293,7 +290,7 @@ def _judge(site: Site, results: Callable[[ak.SparseCodes, Tensor, Tensor], Judge
     """Raise AssertionError where a result on codes, a weight and activations loses too much."""
     for shape in PRODUCTS:
         for by_hand in (False, True):
-            _within_on_all([results(*_product(site, *shape, by_hand, draw)) for draw in range(site.draws)])
+            check_errors(results(*_product(site, *shape, by_hand, draw)) for draw in range(site.draws))
 
 
 def _product(
@@ -303,19 +300,6 @@ def _product(
     seed = 1000 * draw
     codes = random_codes((B,), K, F, dtype=site.dtype, device=site.device, by_hand=by_hand, seed=seed + K)
     return poison_padding(codes), site.randn(seed + 6, F, D), site.randn(seed + 7, B, D)
-
-
-def _within_on_all(draws: Sequence[Judged]) -> None:
-    """Raise AssertionError where the largest error on all draws is more than twice PyTorch's largest on all of them.
-
-    Each draw is measured in a unit of its own, the power of two above its largest expected value, so that all count.
-    """
-    for what in draws[0]:
-        scaled = []
-        for draw in draws:
-            unit = 0.5 ** int(draw[what][1].abs().max().frexp().exponent)
-            scaled.append([unit * part.detach().flatten() for part in draw[what]])
-        within(*map(torch.cat, zip(*scaled)), what)
 
 
 def _twice(call: Callable, *args, **kwargs):
