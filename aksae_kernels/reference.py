@@ -103,18 +103,22 @@ def sparse_weight_grad(
 ) -> tuple[Tensor, Tensor]:
     check_codes(indices, counts, d_sae)
     live = live_slots(SparseCodes(values, indices, counts))
-    # index_put_ adds one after the other: in fp32 a latent with thousands of hits would lose more than a dense product.
     weight = torch.where(live, values, 0).double()
     latent = torch.where(live, indices, 0).long()
     grad = weight.new_zeros(d_sae, dense.shape[1])
     total = weight.new_zeros(d_sae if sums else 0)
-    for rows in _row_chunks(indices, dense.shape[1]) if d_sae else ():
-        outer = weight[rows].unsqueeze(-1) * dense[rows].double().unsqueeze(1)
-        outer = torch.where(live[rows].unsqueeze(-1), outer, 0)
-        # index_put_ sums in a fixed order on every device (index_add_ uses atomics on accelerators).
-        grad.index_put_((latent[rows],), outer, accumulate=True)
+    for rows in _row_chunks(indices, dense.shape[1], d_sae) if d_sae else ():
+        # A dense product and sum: one addend after the other would lose more than those in a latent of many hits.
+        # index_put_ adds in a fixed order on every device, where scatter_add_ uses atomics on accelerators.
+        codes = weight.new_zeros(len(weight[rows]), d_sae)
+        codes.index_put_((torch.arange(len(codes), device=codes.device)[:, None], latent[rows]), weight[rows], True)
+        finite = dense[rows].isfinite()
+        grad += codes.T @ torch.where(finite, dense[rows], 0).double()
+        # Infinities and NaN reach the latents of their own row, and no zeros of others.
+        rest = weight[rows].unsqueeze(-1) * torch.where(finite, 0, dense[rows]).double().unsqueeze(1)
+        grad.index_put_((latent[rows],), torch.where(live[rows].unsqueeze(-1), rest, 0), accumulate=True)
         if sums:
-            total.index_put_((latent[rows],), weight[rows], accumulate=True)
+            total += codes.sum(0)
     return grad.to(values.dtype), total.to(values.dtype)
 
 
@@ -179,9 +183,10 @@ def _compact(keep: Tensor, scores: Tensor, k_max: int, dtype: torch.dtype, check
     return SparseCodes(values, torch.where(live, indices, -1).to(torch.int32), counts)
 
 
-def _row_chunks(indices: Tensor, width: int) -> Iterator[slice]:
+def _row_chunks(indices: Tensor, width: int, of_row: int = 1) -> Iterator[slice]:
+    """Slices of rows that each have `K * width` elements of temporaries, or `of_row` if that is more."""
     n_rows, k_max = indices.shape
-    size = max(1, _CHUNK // max(1, k_max * width))
+    size = max(1, _CHUNK // max(of_row, k_max * width))
     return (slice(start, start + size) for start in range(0, n_rows, size))
 
 
