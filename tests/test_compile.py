@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -261,7 +262,7 @@ def test_numpys_integers_compile(backend):
 
 
 def test_batch_size_does_not_recompile(backend):
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     traced = torch.compile(forward, fullgraph=True, backend=counter, dynamic=True)
     for rows in (6, 11, 17):
         arguments = inputs(rows, rows)
@@ -271,7 +272,7 @@ def test_batch_size_does_not_recompile(backend):
 
 
 def test_per_row_k_does_not_recompile(backend):
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     traced = torch.compile(topk_select, fullgraph=True, backend=counter)
     pre_acts = inputs()[1].detach()
     for k in (torch.arange(30), torch.zeros(30, dtype=torch.int64), torch.full((30,), 2**40)):
@@ -345,7 +346,7 @@ def test_a_compiled_function_follows_the_backend_of_its_thread():
 
 
 def test_threads_share_what_was_compiled():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     traced = torch.compile(topk_select, fullgraph=True, backend=counter)
 
     def run():
