@@ -141,6 +141,9 @@ def test_draws_are_judged_together():
             check_errors([draw(3, 1), draw(1, 1, scale)])
     with pytest.raises(AssertionError, match="sums loses inf times"):
         check_errors([draw(1, 1), draw(float("nan"), 1)])
+    for draws in ([draw(1, 1), draw(1, float("nan"))], [draw(1, float("nan")), draw(1, 1)]):
+        with pytest.raises(AssertionError, match="sums loses nan times"):
+            check_errors(draws)
 
 
 def test_scores_in_fp64_are_rounded_once():
