@@ -1,7 +1,8 @@
 """Every op in plain PyTorch, for any floating dtype and device: the default implementation and the oracle of the tests.
 
 All functions take rows flattened to two dimensions and arguments already checked by `ops.py`. They compute in fp32
-(fp64 for fp64), round once, and read nothing past `counts`. Cost follows `B * K`, or `B * F` for the selections.
+(fp64 for fp64), round once, and read nothing past `counts`. Cost follows `B * K`, or `B * F` for the selections and
+weight gradients.
 """
 
 from __future__ import annotations
@@ -110,15 +111,16 @@ def sparse_weight_grad(
     for rows in _row_chunks(indices, dense.shape[1], d_sae) if d_sae else ():
         # A dense product and sum: one addend after the other would lose more than those in a latent of many hits.
         # index_put_ adds in a fixed order on every device, where scatter_add_ uses atomics on accelerators.
-        codes = weight.new_zeros(len(weight[rows]), d_sae)
-        codes.index_put_((torch.arange(len(codes), device=codes.device)[:, None], latent[rows]), weight[rows], True)
+        dense_codes = weight.new_zeros(len(weight[rows]), d_sae)
+        row = torch.arange(len(dense_codes), device=weight.device).unsqueeze(1)
+        dense_codes.index_put_((row, latent[rows]), weight[rows], accumulate=True)
         finite = dense[rows].isfinite()
-        grad += codes.T @ torch.where(finite, dense[rows], 0).double()
+        grad += dense_codes.T @ torch.where(finite, dense[rows], 0).double()
         # Infinities and NaN reach the latents of their own row, and no zeros of others.
         rest = weight[rows].unsqueeze(-1) * torch.where(finite, 0, dense[rows]).double().unsqueeze(1)
         grad.index_put_((latent[rows],), torch.where(live[rows].unsqueeze(-1), rest, 0), accumulate=True)
         if sums:
-            total += codes.sum(0)
+            total += dense_codes.sum(0)
     return grad.to(values.dtype), total.to(values.dtype)
 
 
