@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -63,6 +63,34 @@ def require_decoder(W_dec: Tensor, b_dec: Tensor | None, name: str = "W_dec") ->
     require_shape(name, W_dec, (None, None), "[F, D]")
     if b_dec is not None:
         require_shape("b_dec", b_dec, (W_dec.shape[1],), f"[D], with D the columns of {name}")
+
+
+def require_encoder(x: object, W_enc: object, b_enc: object) -> tuple[int, ...]:
+    """Raise unless these are the operands of an encoder; the leading shape of `x`."""
+    require_float("x", x)
+    x = cast(Tensor, x)
+    lead, d_in = split_lead("x", x)
+    require_shape("W_enc", W_enc, (None, d_in), "[F, D], with D the last dimension of x")
+    W_enc = cast(Tensor, W_enc)
+    if b_enc is not None:
+        require_shape("b_enc", b_enc, (W_enc.shape[0],), "[F], with F the rows of W_enc")
+    require_alike(x=x, W_enc=W_enc, b_enc=cast("Tensor | None", b_enc))
+    return lead
+
+
+def threshold_of(threshold: object, latents: str, n_latents: int, **data: Tensor) -> Tensor:
+    """A threshold, `[]` or `[F]`, for `data`, a tensor under its name; a number is kept in fp64, as it is."""
+    ((name, tensor),) = data.items()
+    if isinstance(threshold, Tensor):
+        require_float("threshold", threshold)
+        if threshold.ndim:
+            require_shape("threshold", threshold, (n_latents,), f"[F], with {latents}, or []")
+        if threshold.device != tensor.device or not autocasting(tensor.device):
+            require_alike(**{name: tensor, "threshold": threshold})
+        return threshold.detach()
+    if isinstance(threshold, (int, float)) and not isinstance(threshold, bool):
+        return torch.full((), float(threshold), dtype=torch.float64, device=tensor.device)
+    raise TypeError(f"threshold must be a number or a floating tensor, got {type(threshold).__name__}")
 
 
 def require_alike(**tensors: Tensor | None) -> None:

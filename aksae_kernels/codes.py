@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any, NamedTuple, SupportsIndex, cast
 
@@ -49,6 +50,59 @@ class SparseCodes(NamedTuple):
     def detach(self) -> SparseCodes:
         """The same codes, without the gradient of their values."""
         return self._replace(values=self.values.detach())
+
+    def mask(self) -> Tensor:
+        """`[..., K]` bool: True in the slots before a row's count, those that hold a latent."""
+        return live_slots(self)
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """What `dense` has at the latents of each row: `[..., K]`, 0 past the counts.
+
+        `dense` is `[F]`, one number for each latent, or `[..., F]` with the leading shape of the codes; any dtype.
+        Carries its gradient. Raises TypeError for what is no tensor, ValueError for another shape or device, IndexError
+        on CPU for an index outside `[0, F)`; on an accelerator such an index is undefined behaviour.
+        """
+        lead = self.counts.shape
+        if not isinstance(dense, Tensor):
+            raise TypeError(f"dense must be a tensor [F] or [..., F], got {describe(dense)}")
+        if dense.ndim == 0 or dense.shape[:-1] not in (lead, ()):
+            either = "".join(f"{size}, " for size in lead)
+            raise ValueError(f"dense must have shape [F] or [{either}F], got {list(dense.shape)}")
+        if dense.device != self.indices.device:
+            raise ValueError(f"dense must be on the device of the codes, {self.indices.device}; got {dense.device}")
+        check_codes(self.indices, self.counts, dense.shape[-1])
+        live = live_slots(self)
+        if dense.shape[-1] == 0:
+            # Nothing is live; the sum of nothing is a 0 that backward finds its way from.
+            return dense.sum().to(dense.dtype).expand(self.indices.shape).clone()
+        index = torch.where(live, self.indices, 0).long()
+        return torch.where(live, dense[index] if dense.ndim == 1 else dense.gather(-1, index), 0)
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, k_max: int | None = None) -> SparseCodes:
+        """The entries of `dense [..., F]` that are not 0, NaN and negative ones among them.
+
+        Indices ascend. `k_max` is the width of the result; None means that of the longest row. Carries the gradient of
+        those entries. Synchronises with the host, since how many there are is data. Raises TypeError for a dtype that
+        is not floating, ValueError for a row of more than `k_max` entries.
+        """
+        if not isinstance(dense, Tensor) or not dense.is_floating_point() or dense.ndim == 0:
+            raise TypeError(f"dense must be a floating-point tensor [..., F], got {describe(dense)}")
+        rows = dense.reshape(math.prod(dense.shape[:-1]), dense.shape[-1])
+        # In row-major order, so a row's entries lie together and ascend.
+        row, latent = rows.nonzero(as_tuple=True)
+        first = torch.searchsorted(row, torch.arange(len(rows) + 1, device=row.device))
+        counts = first.diff()
+        longest = int(counts.max()) if counts.numel() else 0
+        width = longest if k_max is None else as_int("k_max", k_max)
+        if width < longest:
+            raise ValueError(f"k_max must be at least {longest}, the entries of a row that are not 0; got {width}")
+        slot = torch.arange(len(row), device=row.device) - first[row]
+        values = rows.new_zeros(len(rows), width).index_put((row, slot), rows[row, latent])
+        indices = torch.full((len(rows), width), -1, dtype=torch.int32, device=rows.device)
+        indices[row, slot] = latent.int()
+        lead = dense.shape[:-1]
+        return cls(values.view(*lead, width), indices.view(*lead, width), counts.int().view(lead))
 
     def to_dense(self, d_sae: int) -> Tensor:
         """The codes as a dense `[..., d_sae]` tensor; repeated indices are summed.

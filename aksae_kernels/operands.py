@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .codes import SparseCodes, acc_dtype
+from .codes import SparseCodes, acc_dtype, live_slots
 
 
 def rows(matrix: Tensor) -> Tensor:
@@ -21,17 +21,44 @@ def vector(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
-def empty_codes(data: Tensor, width: int) -> SparseCodes:
-    """Codes for a selection from the rows of `data`, to be written by a kernel."""
+def empty_codes(data: Tensor, width: int, dtype: torch.dtype | None = None) -> SparseCodes:
+    """Codes for a selection from the rows of `data`, to be written by a kernel; `dtype` None is that of the data."""
     n_rows = data.shape[0]
     return SparseCodes(
-        data.new_empty(n_rows, width),
+        data.new_empty(n_rows, width, dtype=dtype),
         data.new_empty(n_rows, width, dtype=torch.int32),
         data.new_empty(n_rows, dtype=torch.int32),
     )
 
 
-def limits(pre_acts: Tensor, threshold: Tensor) -> Tensor:
+def whole_rows(data: Tensor, width: int) -> Tensor:
+    """The k of rows that are to be filled: `[B]` int32."""
+    return torch.full((data.shape[0],), width, dtype=torch.int32, device=data.device)
+
+
+def among(candidates: SparseCodes, chosen: SparseCodes, dtype: torch.dtype) -> SparseCodes:
+    """What `chosen`, codes whose indices are slots of the candidates, stands for; values rounded to `dtype`."""
+    slots = torch.where(chosen.indices < 0, 0, chosen.indices).long()
+    indices = torch.where(chosen.indices < 0, -1, candidates.indices.gather(1, slots))
+    return SparseCodes(chosen.values.to(dtype), indices, chosen.counts)
+
+
+def above(candidates: SparseCodes, limit: Tensor) -> Tensor:
+    """The values of the candidates `[B, K]`, 0 where they are `<=` their limit of the `[F]` limits."""
+    limits = limit[torch.where(live_slots(candidates), candidates.indices, 0).long()]
+    return torch.where(candidates.values <= limits, 0, candidates.values)
+
+
+def with_bias(dots: Tensor, indices: Tensor, counts: Tensor, b: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`dots + b[indices]` rounded to `dtype`, 0 past the counts; None for no bias."""
+    if b is not None:
+        live = live_slots(SparseCodes(dots, indices, counts))
+        # Of a bias without latents nothing is live, and nothing can be gathered.
+        dots = torch.where(live, dots + b[torch.where(live, indices, 0).long()], 0) if len(b) else dots
+    return dots.to(dtype)
+
+
+def limits(pre_acts: Tensor, threshold: Tensor, n_latents: int | None = None) -> Tensor:
     """`[F]` limits in the accumulation dtype: an entry is kept unless it is `<=` its limit.
 
     Rounded down, so that no entry of that dtype changes sides; at least 0; and +inf for a NaN threshold, which keeps
@@ -40,7 +67,8 @@ def limits(pre_acts: Tensor, threshold: Tensor) -> Tensor:
     limit = threshold.to(acc_dtype(pre_acts.dtype))
     rounded_up = limit.double() > threshold.double()
     limit = torch.where(rounded_up, torch.nextafter(limit, limit.new_full((), -torch.inf)), limit)
-    return limit.nan_to_num(nan=torch.inf, posinf=torch.inf).clamp(min=0).expand(pre_acts.shape[1]).contiguous()
+    limit = limit.nan_to_num(nan=torch.inf, posinf=torch.inf).clamp(min=0)
+    return limit.expand(pre_acts.shape[1] if n_latents is None else n_latents).contiguous()
 
 
 def require_width(counts: Tensor, k_max: int, op: str) -> None:

@@ -12,7 +12,7 @@ Rules common to all of them:
 * Sums are held in fp32 (fp64 for fp64) and rounded once; a selection ranks the unrounded scores.
 * Leading dimensions are kept: `x [..., D]` gives `values [..., K]`, with `K = min(k_max, F)`. Any of them may be 0.
 * All floating arguments of a call share one dtype and one device. Under autocast the products
-  (`topk_encode`, `sparse_encode`, `sparse_decode`, `decode_mse`, `sparse_value_grad`, `sparse_weight_grad`) cast to
+  (the encodes, `sparse_decode`, `decode_mse`, `sparse_value_grad`, `sparse_weight_grad`) cast to
   the autocast dtype first, as `torch.nn.functional.linear` does; the selections keep the dtype they are given.
 * Results repeat bit by bit on one machine, and no selection depends on the number of threads.
 * Gradients are first-order: a double backward raises. Forward-mode AD (`torch.func.jvp`, dual tensors) gives the
@@ -40,10 +40,12 @@ from ._arguments import (
     require_alike,
     require_codes,
     require_decoder,
+    require_encoder,
     require_float,
     require_shape,
     rows_of_k,
     split_lead,
+    threshold_of,
     wrong,
 )
 from .codes import SparseCodes, acc_dtype, as_d_sae, as_int, live_slots
@@ -75,6 +77,8 @@ def _define(name: str, arguments: str, returns: str, kernel: str | None = None) 
 
 _define("topk_select", "Tensor pre_acts, Tensor k, SymInt k_max", _SELECTED)
 _define("topk_encode", "Tensor x, Tensor W_enc, Tensor? b_enc, Tensor k, SymInt k_max", _SELECTED)
+_define("batch_topk_encode", "Tensor x, Tensor W_enc, Tensor? b_enc, SymInt budget, SymInt k_max", _SELECTED)
+_define("threshold_encode", "Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, SymInt k_max", _SELECTED)
 _define("batch_topk_select", "Tensor pre_acts, SymInt budget, SymInt k_max", _SELECTED)
 _define("threshold_select", "Tensor pre_acts, Tensor threshold, SymInt k_max", _SELECTED)
 _define("sparse_decode", f"{_CODES}, Tensor W_dec, Tensor? b_dec", "Tensor")
@@ -87,7 +91,7 @@ _define(
 _define("sparse_input_grad", f"{_CODES}, Tensor W_enc, Tensor? b", "Tensor", kernel="sparse_decode")
 _define("sparse_value_grad", "Tensor grad, Tensor indices, Tensor counts, Tensor W", "Tensor")
 # The same product as an encoder at given latents: with the derivative that a gradient must not have.
-_define("sparse_encode", "Tensor x, Tensor indices, Tensor counts, Tensor W_enc", "Tensor", kernel="sparse_value_grad")
+_define("sparse_encode", "Tensor x, Tensor indices, Tensor counts, Tensor W_enc, Tensor? b_enc", "Tensor")
 _define("sparse_weight_grad", f"{_CODES}, Tensor dense, SymInt d_sae, bool sums", "(Tensor grad, Tensor sums)")
 _define("scatter_codes", f"{_CODES}, SymInt d_sae", "Tensor")
 _define(
@@ -119,7 +123,9 @@ def _(pre_acts, k, k_max, backend):
 
 
 @_fake("topk_encode")
-def _(x, W_enc, b_enc, k, k_max, backend):
+@_fake("batch_topk_encode")
+@_fake("threshold_encode")
+def _(x, W_enc, b_enc, chosen_by, k_max, backend):
     return _fake_selected(x, k_max)
 
 
@@ -149,10 +155,14 @@ def _(values, indices, counts, W_dec, b_dec, target, residual, value_grad, backe
     )
 
 
-@_fake("sparse_encode")
 @_fake("sparse_value_grad")
 def _(grad, indices, counts, W, backend):
     return grad.new_empty(indices.shape)
+
+
+@_fake("sparse_encode")
+def _(x, indices, counts, W_enc, b_enc, backend):
+    return x.new_empty(indices.shape)
 
 
 @_fake("sparse_weight_grad")
@@ -215,11 +225,10 @@ def _dual(primal: Tensor, *parts: Tensor | None) -> Tensor:
 
 
 def _at(dense: Tensor | None, indices: Tensor, counts: Tensor) -> Tensor | None:
-    """`dense[b, indices[b, j]]`, 0 past the counts; `dense` is `[B, F]`."""
+    """`SparseCodes.gather` of a `dense` that may be missing."""
     if dense is None:
         return None
-    live = live_slots(SparseCodes(indices, indices, counts))
-    return torch.where(live, dense.gather(1, torch.where(live, indices, 0).long()), 0)
+    return SparseCodes(indices, indices, counts).gather(dense)
 
 
 def _selection_setup(ctx, inputs, output):
@@ -271,36 +280,38 @@ def _encode_forward_mode(primal, primals, tangents):
     x, W_enc, *_, backend = primals
     d_x, d_W, d_b, *_ = tangents
     values, indices, counts = primal()
-    d_b = None if d_b is None else d_b.expand(len(x), -1)
     parts = _encoder_tangents(x, d_x, indices, counts, W_enc, d_W, backend)
     return _dual(values, *parts, _at(d_b, indices, counts)), indices, counts
 
 
 def _encoder_tangents(x, d_x, indices, counts, W_enc, d_W, backend):
     encode = torch.ops.aksae.sparse_encode
-    yield None if d_x is None else encode(d_x, indices, counts, W_enc, backend)
-    yield None if d_W is None else encode(x, indices, counts, d_W, backend)
+    yield None if d_x is None else encode(d_x, indices, counts, W_enc, None, backend)
+    yield None if d_W is None else encode(x, indices, counts, d_W, None, backend)
 
 
-_gradient("topk_encode", _encode_setup, _encode_backward, _encode_forward_mode)
+for _name in ("topk_encode", "batch_topk_encode", "threshold_encode"):
+    _gradient(_name, _encode_setup, _encode_backward, _encode_forward_mode)
 
 
 def _sparse_encode_setup(ctx, inputs, output):
-    x, indices, counts, W_enc, ctx.backend = inputs
-    wants_x, _, _, wants_W = ctx.needs_input_grad[:4]
+    x, indices, counts, W_enc, _, ctx.backend = inputs
+    wants_x, _, _, wants_W, wants_b = ctx.needs_input_grad[:5]
     ctx.d_sae = W_enc.shape[0]
-    ctx.save_for_backward(indices, counts, x if wants_W else None, W_enc if wants_x else None)
+    ctx.save_for_backward(indices, counts, x if wants_W or wants_b else None, W_enc if wants_x else None)
 
 
 def _sparse_encode_backward(ctx, grad_values):
-    wants_x, _, _, wants_W = ctx.needs_input_grad[:4]
-    grad_x, grad_W, _ = _encoder_gradients(ctx, grad_values, wants_x, wants_W, False)
-    return grad_x, None, None, grad_W, None
+    wants_x, _, _, wants_W, wants_b = ctx.needs_input_grad[:5]
+    grad_x, grad_W, grad_b = _encoder_gradients(ctx, grad_values, wants_x, wants_W, wants_b)
+    return grad_x, None, None, grad_W, grad_b, None
 
 
 def _sparse_encode_forward_mode(primal, primals, tangents):
-    x, indices, counts, W_enc, backend = primals
-    return _dual(primal(), *_encoder_tangents(x, tangents[0], indices, counts, W_enc, tangents[3], backend))
+    x, indices, counts, W_enc, _, backend = primals
+    d_x, _, _, d_W, d_b, _ = tangents
+    parts = _encoder_tangents(x, d_x, indices, counts, W_enc, d_W, backend)
+    return _dual(primal(), *parts, _at(d_b, indices, counts))
 
 
 _gradient("sparse_encode", _sparse_encode_setup, _sparse_encode_backward, _sparse_encode_forward_mode)
@@ -398,7 +409,7 @@ def _decode_mse_forward_mode(primal, primals, tangents):
     nothing = residual.new_empty(0, 0)
     value_grad = nothing
     if has_value_grad:
-        value_grad = torch.ops.aksae.sparse_encode(residual, indices, counts, W_dec.to(residual.dtype), backend)
+        value_grad = torch.ops.aksae.sparse_encode(residual, indices, counts, W_dec.to(residual.dtype), None, backend)
     return residual.square().sum(-1), residual if has_residual else nothing, value_grad
 
 
@@ -487,16 +498,97 @@ def topk_encode(
         TypeError, ValueError: as `topk_select`, and for shapes that do not fit.
     """
     x, W_enc, b_enc = autocast(x, W_enc, b_enc)
-    require_float("x", x)
-    lead, d_in = split_lead("x", x)
-    require_shape("W_enc", W_enc, (None, d_in), "[F, D], with D the last dimension of x")
-    n_latents = W_enc.shape[0]
-    if b_enc is not None:
-        require_shape("b_enc", b_enc, (n_latents,), "[F], with F the rows of W_enc")
-    require_alike(x=x, W_enc=W_enc, b_enc=b_enc)
-    k, width = rows_of_k(k, k_max, lead, n_latents, x.device)
+    lead = require_encoder(x, W_enc, b_enc)
+    k, width = rows_of_k(k, k_max, lead, W_enc.shape[0], x.device)
     out = torch.ops.aksae.topk_encode(as_rows(x), W_enc, b_enc, k, width, dispatch.requested())
     return _codes(out, lead)
+
+
+def batch_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None, *, budget: int, k_max: int) -> SparseCodes:
+    """BatchTopK (arXiv 2412.06410) of `x @ W_enc.T + b_enc` without having to keep the `[..., F]` pre-activations.
+
+    Each row first keeps its `k_max` best positive scores; of what all rows have kept, the `budget` best are selected.
+    Ties go to the smaller row, then to the smaller latent. So a row never has more than `k_max` latents, and nothing
+    raises: where the cap bit, `counts` of the row is `k_max`. With `k_max = F` it is `batch_topk_select`.
+
+    Scores are ranked and rounded as in `topk_encode`.
+
+    Args:
+        x: `[..., D]`; all leading dimensions together are the batch.
+        W_enc, b_enc: as in `topk_encode`.
+        budget: entries to keep in all; 0 or less keeps none.
+        k_max: the most latents of a row, and the width of the result, `min(k_max, F)`.
+
+    Returns:
+        Codes; the gradient of `values` reaches `x`, `W_enc` and `b_enc`.
+
+    Raises:
+        TypeError, ValueError: as `topk_encode`.
+    """
+    x, W_enc, b_enc = autocast(x, W_enc, b_enc)
+    lead = require_encoder(x, W_enc, b_enc)
+    width = code_width(as_int("k_max", k_max), W_enc.shape[0])
+    rows = as_rows(x)
+    # Clamped, so that any int fits the 64-bit argument.
+    budget = min(max(0, as_int("budget", budget)), rows.shape[0] * width)
+    out = torch.ops.aksae.batch_topk_encode(rows, W_enc, b_enc, budget, width, dispatch.requested())
+    return _codes(out, lead)
+
+
+def threshold_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None, *, threshold: float | Tensor, k_max: int
+) -> SparseCodes:
+    """The scores `x @ W_enc.T + b_enc` that are above their threshold and `> 0` (JumpReLU, BatchTopK inference),
+    without having to keep the `[..., F]` pre-activations.
+
+    Each row first keeps its `k_max` best positive scores; of these, those strictly above their threshold are selected,
+    unshifted. So a row never has more than `k_max` latents, and nothing raises; where `counts` of a row is `k_max`, the
+    cap may have bitten. With `k_max = F` it is `threshold_select`. NaN scores are kept, whatever the threshold; a NaN
+    threshold keeps nothing else.
+
+    Scores are ranked and rounded as in `topk_encode`, and compared unrounded.
+
+    Args:
+        x: `[..., D]`.
+        W_enc, b_enc: as in `topk_encode`.
+        threshold: a number, or a tensor `[]` or `[F]`, as in `threshold_select`. No gradient reaches it:
+            `aksae.selections.jumprelu` has the estimator.
+        k_max: the most latents of a row, and the width of the result, `min(k_max, F)`.
+
+    Returns:
+        Codes; the gradient of `values` reaches `x`, `W_enc` and `b_enc`.
+
+    Raises:
+        TypeError, ValueError: as `topk_encode` and `threshold_select`.
+    """
+    x, W_enc, b_enc = autocast(x, W_enc, b_enc)
+    lead = require_encoder(x, W_enc, b_enc)
+    threshold = threshold_of(threshold, "F, the rows of W_enc", W_enc.shape[0], x=x)
+    width = code_width(as_int("k_max", k_max), W_enc.shape[0])
+    out = torch.ops.aksae.threshold_encode(as_rows(x), W_enc, b_enc, threshold, width, dispatch.requested())
+    return _codes(out, lead)
+
+
+def encode_at(codes: SparseCodes, x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None) -> SparseCodes:
+    """The latents of `codes` with `<x[b], W_enc[indices[b, j]]> + b_enc[indices[b, j]]` for values.
+
+    What an encoder says of latents that were chosen otherwise: by scaled scores, by another SAE, at an earlier step.
+    Values may be negative, and are 0 past the counts. Cost and gradients follow `sum(counts)`.
+
+    Args:
+        codes: only `indices` and `counts` are read, and returned as they are.
+        x: `[..., D]`, any strides.
+        W_enc: `[F, D]`, one row per latent.
+        b_enc: `[F]` or None.
+
+    Returns:
+        Codes; the gradient of `values` reaches `x`, `W_enc` and `b_enc`.
+
+    Raises:
+        As `sparse_decode`.
+    """
+    values = _scores_at(codes, x, W_enc, b_enc)
+    return codes._replace(values=values)
 
 
 def sparse_encode(codes: SparseCodes, x: Tensor, W_enc: Tensor) -> Tensor:
@@ -516,7 +608,7 @@ def sparse_encode(codes: SparseCodes, x: Tensor, W_enc: Tensor) -> Tensor:
     Raises:
         As `sparse_decode`.
     """
-    return _sampled(torch.ops.aksae.sparse_encode, codes, x=x, W_enc=W_enc)
+    return _scores_at(codes, x, W_enc, None)
 
 
 def batch_topk_select(pre_acts: Tensor, budget: int, k_max: int | None = None) -> SparseCodes:
@@ -561,17 +653,7 @@ def threshold_select(pre_acts: Tensor, threshold: float | Tensor, k_max: int | N
     """
     require_float("pre_acts", pre_acts)
     lead, n_latents = split_lead("pre_acts", pre_acts)
-    if isinstance(threshold, Tensor):
-        require_float("threshold", threshold)
-        if threshold.ndim:
-            require_shape("threshold", threshold, (n_latents,), "[F], with F the last dimension of pre_acts, or []")
-        if threshold.device != pre_acts.device or not autocasting(pre_acts.device):
-            require_alike(pre_acts=pre_acts, threshold=threshold)
-        threshold = threshold.detach()
-    elif isinstance(threshold, (int, float)) and not isinstance(threshold, bool):
-        threshold = torch.full((), float(threshold), dtype=torch.float64, device=pre_acts.device)
-    else:
-        raise TypeError(f"threshold must be a number or a floating tensor, got {type(threshold).__name__}")
+    threshold = threshold_of(threshold, "F, the last dimension of pre_acts", n_latents, pre_acts=pre_acts)
     width = code_width(k_max, n_latents)
     out = torch.ops.aksae.threshold_select(as_rows(pre_acts), threshold, width, dispatch.requested())
     return _codes(out, lead)
@@ -644,7 +726,10 @@ def sparse_value_grad(grad: Tensor, codes: SparseCodes, W: Tensor) -> Tensor:
     Raises:
         As `sparse_decode`.
     """
-    return _sampled(torch.ops.aksae.sparse_value_grad, codes, grad=grad, W=W)
+    grad, W = autocast(grad, W)
+    lead, (_, indices, counts) = _places(codes, grad=grad, W=W)
+    out = torch.ops.aksae.sparse_value_grad(as_rows(grad), indices, counts, W, dispatch.requested())
+    return out.view(*lead, indices.shape[1])
 
 
 def sparse_weight_grad(codes: SparseCodes, dense: Tensor, d_sae: int) -> Tensor:
@@ -744,10 +829,13 @@ def explain(op: str, *args, **kwargs) -> str:
 _EXPLAINED = (
     "topk_select",
     "topk_encode",
+    "batch_topk_encode",
+    "threshold_encode",
     "batch_topk_select",
     "threshold_select",
     "sparse_decode",
     "decode_mse",
+    "encode_at",
     "sparse_encode",
     "sparse_value_grad",
     "sparse_weight_grad",
@@ -760,13 +848,23 @@ def _codes(out: tuple[Tensor, Tensor, Tensor], lead: tuple[int, ...]) -> SparseC
     return SparseCodes(values.view(*lead, width), indices.view(*lead, width), counts.view(lead))
 
 
-def _sampled(op: Callable, codes: SparseCodes, **operands: Tensor) -> Tensor:
-    """`op` at the places of `codes`, of a dense `[..., D]` and a weight `[F, D]`: the operands, under their names."""
+def _scores_at(codes: SparseCodes, x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
+    x, W_enc, b_enc = autocast(x, W_enc, b_enc)
+    lead, (_, indices, counts) = _places(codes, x=x, W_enc=W_enc)
+    if b_enc is not None:
+        require_shape("b_enc", b_enc, (W_enc.shape[0],), "[F], with F the rows of W_enc")
+        require_alike(x=x, b_enc=b_enc)
+    out = torch.ops.aksae.sparse_encode(as_rows(x), indices, counts, W_enc, b_enc, dispatch.requested())
+    return out.view(*lead, indices.shape[1])
+
+
+def _places(codes: SparseCodes, **operands: Tensor) -> tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]]:
+    """`flat_codes` of codes that are to be looked up in the product of a dense `[..., D]` and a weight `[F, D]`: the
+    operands, under their names."""
     require_codes(codes)
     (dense_name, dense), (weight_name, W) = operands.items()
-    dense, W = autocast(dense, W)
-    lead, (_, indices, counts) = flat_codes(codes, codes.values)
+    lead, flat = flat_codes(codes, codes.values)
     require_decoder(W, None, weight_name)
     require_shape(dense_name, dense, (*lead, W.shape[1]), "[..., D], with the leading shape of codes")
-    require_alike(**{dense_name: dense, weight_name: W}, indices=indices)
-    return op(as_rows(dense), indices, counts, W, dispatch.requested()).view(*lead, indices.shape[1])
+    require_alike(**operands, indices=flat[1])
+    return lead, flat

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .codes import SparseCodes, acc_dtype, check_codes, live_slots
-from .operands import exact_product, require_width
+from .operands import above, among, exact_product, limits, require_width, whole_rows, with_bias
 from .ordering import best_first, selectable
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -40,11 +40,18 @@ def topk_select(pre_acts: Tensor, k: Tensor, k_max: int) -> SparseCodes:
 
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, k_max: int) -> SparseCodes:
-    acc = acc_dtype(x.dtype)
-    scores = exact_product(x.to(acc), W_enc.to(acc))
-    if b_enc is not None:
-        scores = scores + b_enc.to(acc)
-    return _topk(scores, k, k_max, x.dtype)
+    return _topk(_scores(x, W_enc, b_enc), k, k_max, x.dtype)
+
+
+def batch_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, budget: int, k_max: int) -> SparseCodes:
+    candidates = _candidates(x, W_enc, b_enc, k_max)
+    return among(candidates, batch_topk_select(candidates.values, budget, k_max), x.dtype)
+
+
+def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, k_max: int) -> SparseCodes:
+    candidates = _candidates(x, W_enc, b_enc, k_max)
+    values = above(candidates, limits(x, threshold, len(W_enc)))
+    return among(candidates, topk_select(values, whole_rows(x, k_max), k_max), x.dtype)
 
 
 def batch_topk_select(pre_acts: Tensor, budget: int, k_max: int) -> SparseCodes:
@@ -124,6 +131,12 @@ def sparse_weight_grad(
     return grad.to(values.dtype), total.to(values.dtype)
 
 
+def sparse_encode(x: Tensor, indices: Tensor, counts: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
+    acc = acc_dtype(x.dtype)
+    dots = sparse_value_grad(x.to(acc), indices, counts, W_enc.to(acc))
+    return with_bias(dots, indices, counts, b_enc, x.dtype)
+
+
 def scatter_codes(values: Tensor, indices: Tensor, counts: Tensor, d_sae: int) -> Tensor:
     return SparseCodes(values, indices, counts).to_dense(d_sae)
 
@@ -160,6 +173,17 @@ def adam_step_(
     param.copy_(weight)
     for tensor, old in zip((param, exp_avg, exp_avg_sq), before):
         tensor.copy_(torch.where(idle, old, tensor))
+
+
+def _scores(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
+    acc = acc_dtype(x.dtype)
+    scores = exact_product(x.to(acc), W_enc.to(acc))
+    return scores if b_enc is None else scores + b_enc.to(acc)
+
+
+def _candidates(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k_max: int) -> SparseCodes:
+    """The best of each row, unrounded."""
+    return _topk(_scores(x, W_enc, b_enc), whole_rows(x, k_max), k_max, acc_dtype(x.dtype))
 
 
 def _topk(scores: Tensor, k: Tensor, k_max: int, dtype: torch.dtype) -> SparseCodes:

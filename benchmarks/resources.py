@@ -138,6 +138,7 @@ def op_calls(shape: Shape, k: int, dtype: torch.dtype) -> Iterator[Any]:
     b_enc, b_dec = torch.empty(shape.F, dtype=dtype, device=meta), torch.empty(shape.D, dtype=dtype, device=meta)
     scores = torch.empty(shape.B, shape.F, dtype=dtype, device=meta)
     rows_of_k = torch.empty(shape.B, dtype=torch.int32, device=meta)
+    threshold = torch.empty((), dtype=torch.float64, device=meta)
     codes = (
         torch.empty(shape.B, k, dtype=dtype, device=meta),
         torch.empty(shape.B, k, dtype=torch.int32, device=meta),
@@ -145,9 +146,12 @@ def op_calls(shape: Shape, k: int, dtype: torch.dtype) -> Iterator[Any]:
     )
     yield lambda: backend.topk_select(scores, rows_of_k, k)
     yield lambda: backend.batch_topk_select(scores, k * shape.B, k)
-    yield lambda: backend.threshold_select(scores, torch.empty((), dtype=torch.float64, device=meta), k)
+    yield lambda: backend.threshold_select(scores, threshold, k)
     for bias in (b_enc, None):
         yield lambda bias=bias: backend.topk_encode(x, W, bias, rows_of_k, k)
+        yield lambda bias=bias: backend.batch_topk_encode(x, W, bias, k * shape.B // 2, k)
+        yield lambda bias=bias: backend.threshold_encode(x, W, bias, threshold, k)
+        yield lambda bias=bias: backend.sparse_encode(x, *codes[1:], W, bias)
     for bias in (b_dec, None):
         yield lambda bias=bias: backend.sparse_decode(*codes, W, bias)
     for wanted in (True, False):

@@ -34,6 +34,22 @@ def topk_encode(problem: Problem) -> Op:
     return Op(call, (problem.x, problem.W, problem.b_enc), (0, 1, 2))
 
 
+def batch_topk_encode(problem: Problem) -> Op:
+    budget = int(problem.k.sum())
+    call = lambda x, W, b: ak.batch_topk_encode(x, W, b, budget=budget, k_max=8 * problem.width).values
+    return Op(call, (problem.x, problem.W, problem.b_enc), (0, 1, 2))
+
+
+def threshold_encode(problem: Problem) -> Op:
+    call = lambda x, W, b: ak.threshold_encode(x, W, b, threshold=2.0, k_max=8 * problem.width).values
+    return Op(call, (problem.x, problem.W, problem.b_enc), (0, 1, 2))
+
+
+def encode_at(problem: Problem) -> Op:
+    call = lambda x, W, b: ak.encode_at(problem.codes, x, W, b).values
+    return Op(call, (problem.x, problem.W, problem.b_enc), (0, 1, 2))
+
+
 def selection(problem: Problem, select: Callable[..., ak.SparseCodes], *arguments: object) -> Op:
     return Op(lambda scores: select(scores, *arguments).values, (problem.scores,), (0,))
 
@@ -68,7 +84,17 @@ def sparse_weight_grad(problem: Problem) -> Op:
     return Op(lambda dense: ak.sparse_weight_grad(problem.codes, dense, problem.shape.F), (problem.residual,), ())
 
 
-DIFFERENTIABLE = (topk_encode, topk_select, batch_topk_select, threshold_select, sparse_decode, decode_mse)
+DIFFERENTIABLE = (
+    topk_encode,
+    batch_topk_encode,
+    threshold_encode,
+    encode_at,
+    topk_select,
+    batch_topk_select,
+    threshold_select,
+    sparse_decode,
+    decode_mse,
+)
 OPS = (*DIFFERENTIABLE, sparse_value_grad, sparse_weight_grad)
 NAME = lambda make: make.__name__
 

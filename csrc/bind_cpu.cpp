@@ -90,8 +90,18 @@ aksae::CodesOut codes_out(const Tensor& values, const Tensor& indices, const Ten
   check(values, "values", type, {rows, width});
   check(indices, "indices", ScalarType::Int, {rows, width});
   check(counts, "counts", ScalarType::Int, {rows});
-  return {values.data_ptr(), static_cast<int32_t*>(indices.data_ptr()), static_cast<int32_t*>(counts.data_ptr()), rows,
-          width};
+  return {values.data_ptr(),
+          static_cast<int32_t*>(indices.data_ptr()),
+          static_cast<int32_t*>(counts.data_ptr()),
+          rows,
+          width,
+          false};
+}
+
+// Values of an encode, or dots: of the call's dtype, or unrounded, of its accumulation type.
+bool is_unrounded(const Tensor& data, const Tensor& out) { return out.scalar_type() != data.scalar_type(); }
+ScalarType written_type(const Tensor& data, const Tensor& out) {
+  return is_unrounded(data, out) ? acc_type(data) : data.scalar_type();
 }
 
 const int32_t* row_k(const Tensor& k, int64_t rows) {
@@ -131,15 +141,17 @@ void pack_weight(const Tensor& W_enc, const Tensor& panels, const Tensor& norms)
 
 void topk_encode(const Tensor& x, const Tensor& W_enc, const std::optional<Tensor>& b_enc,
                  const std::optional<Tensor>& panels, const std::optional<Tensor>& norms, const Tensor& k,
-                 const Tensor& values, const Tensor& indices, const Tensor& counts) {
+                 double threshold, const Tensor& values, const Tensor& indices, const Tensor& counts) {
   const auto type = x.scalar_type();
   const auto rows = matrix(x, "x", type), weight = matrix(W_enc, "W_enc", type);
   STD_TORCH_CHECK(rows.cols == weight.cols, "aksae_cpu: x and W_enc must have the same number of columns");
   std::optional<aksae::PackedWeight> packed;
   if (panels && norms && type == ScalarType::Float) packed = packed_weight(*panels, *norms, weight);
+  auto out = codes_out(values, indices, counts, written_type(x, values), rows.rows);
+  out.unrounded = is_unrounded(x, values);
   kernels().topk_encode(run_parallel, dtype_of(x), threads(), cpu().bf16_units, rows, weight,
                         vector(b_enc, "b_enc", type, weight.rows), packed ? &*packed : nullptr, row_k(k, rows.rows),
-                        codes_out(values, indices, counts, type, rows.rows));
+                        threshold, out);
 }
 
 void batch_topk_select(const Tensor& pre_acts, int64_t budget, const Tensor& values, const Tensor& indices,
@@ -190,8 +202,9 @@ void sparse_value_grad(const Tensor& grad, const Tensor& indices, const Tensor& 
   const auto pattern = codes(nullptr, indices, counts);
   const auto dense = matrix(grad, "grad", type), weight = matrix(W, "W", type);
   STD_TORCH_CHECK(dense.rows == pattern.rows && dense.cols == weight.cols, "aksae_cpu: grad has a wrong shape");
-  check(out, "out", type, {pattern.rows, pattern.width});
-  kernels().sparse_value_grad(run_parallel, dtype_of(grad), pattern, dense, weight, out.data_ptr());
+  check(out, "out", written_type(grad, out), {pattern.rows, pattern.width});
+  kernels().sparse_value_grad(run_parallel, dtype_of(grad), pattern, dense, weight, out.data_ptr(),
+                              is_unrounded(grad, out));
 }
 
 void sparse_weight_grad(const Tensor& values, const Tensor& indices, const Tensor& counts, const Tensor& dense,
@@ -238,7 +251,7 @@ STABLE_TORCH_LIBRARY(aksae_cpu, m) {
   m.def("topk_select(Tensor pre_acts, Tensor k, Tensor(a!) values, Tensor(b!) indices, Tensor(c!) counts) -> ()");
   m.def(
       "topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? panels, Tensor? norms, Tensor k, "
-      "Tensor(a!) values, Tensor(b!) indices, Tensor(c!) counts) -> ()");
+      "float threshold, Tensor(a!) values, Tensor(b!) indices, Tensor(c!) counts) -> ()");
   m.def("pack_weight(Tensor W_enc, Tensor(a!) panels, Tensor(b!) norms) -> ()");
   m.def("packed_size(int rows, int cols) -> int");
   m.def(

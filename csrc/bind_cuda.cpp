@@ -94,14 +94,19 @@ class Call {
             static_cast<const int32_t*>(counts.data_ptr()), rows, width};
   }
 
-  aksae::CodesOut codes_out(const Tensor& values, const Tensor& indices, const Tensor& counts, int64_t rows) const {
+  aksae::CodesOut codes_out(const Tensor& values, const Tensor& indices, const Tensor& counts, int64_t rows,
+                            bool is_unrounded = false) const {
     STD_TORCH_CHECK(values.dim() == 2, "aksae_cuda: values must be [rows, width]");
     const int64_t width = values.size(1);
-    check(values, "values", type_, {rows, width});
+    check(values, "values", is_unrounded ? ScalarType::Float : type_, {rows, width});
     check(indices, "indices", ScalarType::Int, {rows, width});
     check(counts, "counts", ScalarType::Int, {rows});
-    return {values.data_ptr(), static_cast<int32_t*>(indices.data_ptr()), static_cast<int32_t*>(counts.data_ptr()),
-            rows, width};
+    return {values.data_ptr(),
+            static_cast<int32_t*>(indices.data_ptr()),
+            static_cast<int32_t*>(counts.data_ptr()),
+            rows,
+            width,
+            is_unrounded};
   }
 
   Tensor workspace(int64_t bytes) const {
@@ -143,10 +148,12 @@ void topk_encode(const Tensor& x, const Tensor& W_enc, const std::optional<Tenso
   const Call call(x);
   const auto rows = call.matrix(x, "x"), weight = call.matrix(W_enc, "W_enc");
   STD_TORCH_CHECK(rows.cols == weight.cols, "aksae_cuda: x and W_enc must have the same number of columns");
+  const bool is_unrounded = values.scalar_type() != x.scalar_type();
   const Tensor workspace = call.workspace(aksae::topk_encode_workspace(call.dtype(), rows, weight));
   check_launch(aksae::launch_topk_encode(call.stream(), call.dtype(), rows, weight,
                                          call.vector(b_enc, "b_enc", weight.rows), call.row_k(k, rows.rows),
-                                         call.codes_out(values, indices, counts, rows.rows), workspace.data_ptr()),
+                                         call.codes_out(values, indices, counts, rows.rows, is_unrounded),
+                                         workspace.data_ptr()),
                "topk_encode");
 }
 

@@ -30,6 +30,7 @@ struct CodesOut {
   int32_t* indices;
   int32_t* counts;
   int64_t rows, width;
+  bool unrounded;  // encodes write the values in the accumulation type
 };
 
 // Operands of bf16 units are packed in panels of 16 rows and blocks of 32 columns, padded with zeros; panels go in
@@ -61,8 +62,9 @@ struct CpuKernels {
   // k[b] best positive or NaN entries of each row; k is clamped to [0, out.width].
   void (*topk_select)(ParallelFor, DType, int threads, Matrix pre_acts, const int32_t* k, CodesOut);
   // The same of x W^T + b, in tiles that stay in cache; units, b and packed (what pack_weight made of W) may be null.
+  // Scores <= threshold (at least 0, a number of the accumulation type) are not selected.
   void (*topk_encode)(ParallelFor, DType, int threads, const Bf16Units* units, Matrix x, Matrix W, const void* b,
-                      const PackedWeight* packed, const int32_t* k, CodesOut);
+                      const PackedWeight* packed, const int32_t* k, double threshold, CodesOut);
   // Rows [first, first + n) of an fp32 W.
   void (*pack_weight)(ParallelFor, const Bf16Units&, Matrix W, int64_t first, int64_t n, PackedWeight);
   // The budget best entries of the whole matrix. Rows past out.width are cut there; their counts are not.
@@ -74,7 +76,8 @@ struct CpuKernels {
   // loss [B], residual [B, D] and value_grad [B, K] in the accumulation type; the last two may be null.
   void (*decode_mse)(ParallelFor, DType, Codes, Matrix W, const void* b, Matrix target, void* loss, void* residual,
                      void* value_grad);
-  void (*sparse_value_grad)(ParallelFor, DType, Codes pattern, Matrix grad, Matrix W, void* out);
+  // Unrounded, out is in the accumulation type.
+  void (*sparse_value_grad)(ParallelFor, DType, Codes pattern, Matrix grad, Matrix W, void* out, bool unrounded);
   // grad [d_sae, D]; sums [d_sae] may be null.
   void (*sparse_weight_grad)(ParallelFor, DType, Codes, Matrix dense, int64_t d_sae, void* grad, void* sums);
   // The indices of a row must be distinct, as those of selections are: repeats would be rounded at every addition.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import aksae_kernels
 from aksae_kernels.backends import cuda
@@ -143,3 +145,52 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend for CPU tensors, and nothing else set up."""
     with aksae_kernels.use_backend(request.param.backend):
         yield request.param.backend
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the largest dense tensor has that torch makes. What a custom op makes within is not seen."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.fixture
+def largest() -> type[Largest]:
+    """`with largest() as made:` tells in `made.elements` how large a tensor was made."""
+    return Largest
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny random language model of a family, made on demand."""
+    folders: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in folders:
+            from language_models import save
+
+            folders[family] = tmp_path_factory.mktemp(family)
+            save(family, folders[family])
+        return folders[family]
+
+    return make
+
+
+@pytest.fixture
+def load(saved, tmp_path: Path) -> Callable:
+    """The language model of a family, read after a layer."""
+
+    def loaded(family: str, layer: int = 1, **settings):
+        from aksae.activations import LanguageModel
+        from aksae.config import ModelConfig
+
+        config = ModelConfig(name=str(saved(family)), layer=layer, device="cpu", **settings)
+        return LanguageModel.load(config, tmp_path / "cache")
+
+    return loaded

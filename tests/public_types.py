@@ -21,6 +21,9 @@ def ops(x: Tensor, W: Tensor, b: Tensor | None, k: Tensor) -> None:
     assert_type(codes, ak.SparseCodes)
     assert_type(codes.values, Tensor)
     assert_type(codes.counts, Tensor)
+    assert_type(ak.batch_topk_encode(x, W, b, budget=64, k_max=320), ak.SparseCodes)
+    assert_type(ak.threshold_encode(x, W, b, threshold=0.5, k_max=320), ak.SparseCodes)
+    assert_type(ak.encode_at(codes, x, W, b), ak.SparseCodes)
     assert_type(ak.topk_select(x, 4), ak.SparseCodes)
     assert_type(ak.batch_topk_select(x, 4 * len(x)), ak.SparseCodes)
     assert_type(ak.threshold_select(x, 0.5), ak.SparseCodes)
@@ -30,6 +33,9 @@ def ops(x: Tensor, W: Tensor, b: Tensor | None, k: Tensor) -> None:
     assert_type(ak.sparse_value_grad(x, codes, W), Tensor)
     assert_type(ak.sparse_weight_grad(codes, x, 4096), Tensor)
     assert_type(codes.to_dense(4096), Tensor)
+    assert_type(codes.mask(), Tensor)
+    assert_type(codes.gather(x), Tensor)
+    assert_type(ak.SparseCodes.from_dense(x, 32), ak.SparseCodes)
     assert_type(codes.to("cpu", torch.float64), ak.SparseCodes)
     assert_type(codes.cpu().detach(), ak.SparseCodes)
     assert_type(ak.available_backends(), tuple[str, ...])
@@ -50,7 +56,7 @@ def modules(x: Tensor) -> None:
 
 
 def training(x: Tensor, folder: Path) -> None:
-    sae = aksae.AdaptiveKSAE(aksae.SAEConfig(d_in=16, d_sae=64, k=4))
+    sae = aksae.SAE(aksae.SAEConfig(d_in=16, d_sae=64, selection=aksae.TopK(4)))
     assert_type(sae.encode(x), ak.SparseCodes)
     assert_type(sae.decode(sae.encode(x)), Tensor)
     assert_type(aksae.AdaptiveKSAE.from_pretrained(folder), aksae.AdaptiveKSAE)

@@ -16,12 +16,15 @@ import aksae_kernels
 from aksae_kernels import (
     SparseCodes,
     available_backends,
+    batch_topk_encode,
     batch_topk_select,
     decode_mse,
+    encode_at,
     sparse_decode,
     sparse_encode,
     sparse_value_grad,
     sparse_weight_grad,
+    threshold_encode,
     threshold_select,
     topk_encode,
     topk_select,
@@ -55,6 +58,11 @@ def samples(case) -> dict[str, list[tuple]]:
     return {
         "topk_select": [(pre_acts, k, 4)],
         "topk_encode": [(x, W, b, k, 4), (x, W, None, k, 4), (x.detach(), W, b, k, 4)],
+        "batch_topk_encode": [(x, W, b, 9, 4), (x, W, None, 9, 20), (x, W.detach(), b.detach(), 9, 4)],
+        "threshold_encode": [
+            (x, W, b, torch.tensor(0.25, dtype=torch.float64, device=case.device), 4),
+            (x, W, None, b.detach(), 20),
+        ],
         "batch_topk_select": [(pre_acts, 9, 20)],
         "threshold_select": [
             (pre_acts, torch.tensor(0.25, dtype=torch.float64, device=case.device), 20),
@@ -70,7 +78,11 @@ def samples(case) -> dict[str, list[tuple]]:
             (plain["values"], indices, counts, plain["W"], None, plain["target"], True, True),
             (plain["values"], indices, counts, plain["W"], None, plain["target"], False, False),
         ],
-        "sparse_encode": [(x, indices, counts, W), (x.detach(), indices, counts, W)],
+        "sparse_encode": [
+            (x, indices, counts, W, b),
+            (x, indices, counts, W, None),
+            (x.detach(), indices, counts, W, b),
+        ],
         "sparse_value_grad": [(plain["target"], indices, counts, plain["W"])],
         "sparse_weight_grad": [
             (plain["values"], indices, counts, plain["target"], 20, True),
@@ -126,6 +138,12 @@ def calls(lead: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> dic
         "topk_select": lambda: topk_select(randn(*lead, 20), k, 6),
         "topk_select int": lambda: topk_select(randn(*lead, 20), 50),
         "topk_encode": lambda: topk_encode(randn(*lead, 7), randn(20, 7), randn(20), k=k, k_max=6),
+        "batch_topk_encode": lambda: batch_topk_encode(randn(*lead, 7), randn(20, 7), randn(20), budget=9, k_max=6),
+        "threshold_encode": lambda: threshold_encode(randn(*lead, 7), randn(20, 7), threshold=0.5, k_max=6),
+        "threshold_encode per latent": lambda: threshold_encode(
+            randn(*lead, 7), randn(20, 7), randn(20), threshold=randn(20), k_max=30
+        ),
+        "encode_at": lambda: encode_at(codes, randn(*lead, 7), randn(20, 7), randn(20)),
         "batch_topk_select": lambda: batch_topk_select(randn(*lead, 20), 9),
         "threshold_select": lambda: threshold_select(randn(*lead, 20), 0.5),
         "threshold_select per latent": lambda: threshold_select(randn(*lead, 20), randn(20), 30),
@@ -176,9 +194,14 @@ def forward(x, W_enc, b_enc, W_dec, b_dec, k=3, k_max=None):
         batch_topk_select(pre_acts, 12),
         threshold_select(pre_acts, 0.3),
         threshold_select(pre_acts, b_enc.detach()),
+        batch_topk_encode(x, W_enc, b_enc, budget=12, k_max=5),
+        threshold_encode(x, W_enc, b_enc, threshold=0.3, k_max=5),
+        threshold_encode(x, W_enc, threshold=b_enc.detach(), k_max=5),
+        encode_at(codes, x, W_dec, b_enc),
     ]
     dense = sum(codes.to_dense(30).square().sum() for codes in selected)
-    return (y * x).sum() + loss.mean() + dense
+    gathered = codes.gather(b_enc) + codes.gather(pre_acts)
+    return (y * x).sum() + loss.mean() + dense + gathered.where(codes.mask(), 0).square().sum()
 
 
 def gradients(function, arguments, **kwargs) -> list[torch.Tensor]:
@@ -229,7 +252,8 @@ def test_layers_export(backend):
 
 class Selections(torch.nn.Module):
     def forward(self, pre_acts):
-        return batch_topk_select(pre_acts, 9).values, topk_select(pre_acts, 30, 5).values
+        encoded = batch_topk_encode(pre_acts, pre_acts, budget=9, k_max=5)
+        return batch_topk_select(pre_acts, 9).values, topk_select(pre_acts, 30, 5).values, encoded.values
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["default", "strict"])
@@ -401,6 +425,7 @@ def test_inductor(tmp_path, monkeypatch):
 
 def test_every_public_op_is_among_the_samples():
     public = {name for name in aksae_kernels.__all__ if name.islower()} - {
+        "encode_at",  # the op sparse_encode, with a bias
         "use_backend",
         "available_backends",
         "explain",

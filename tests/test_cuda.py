@@ -45,10 +45,12 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 OP_TESTS = [
     (8, "select", "", 700),
     (8, "encode", "", 190),
+    (8, "capped_encode", "(exact_on_integers and not 257) or infinity or win or rounding or real_numbers", 140),
     (8, "screen", "other_backends", 27),
     (8, "decode", "", 400),
     (8, "optim", "", 70),
     (9, "encode", "exact_on_integers or accurate or infinity or agrees or strides", 90),
+    (9, "capped_encode", "win or rounding", 5),
 ]
 
 

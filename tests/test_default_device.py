@@ -7,7 +7,7 @@ import torch
 from test_compile import calls
 from test_forward_mode import FUNCTIONS
 
-from aksae_kernels import topk_select
+from aksae_kernels import SparseCodes, topk_select
 from aksae_kernels.layers import SparseDecoder, TopKEncoder
 from aksae_kernels.optim import SAEAdam
 from aksae_kernels.testing import (
@@ -55,6 +55,7 @@ def test_conversions(backend):
     assert torch.equal(codes.to_dense(9), dense)
     assert torch.equal(codes.to_coo(9).to_dense(), dense)
     assert torch.equal(codes.to_csr(9).to_dense(), dense.view(6, 9))
+    assert is_here((codes.mask(), codes.gather(dense), codes.gather(dense[0, 0]), *SparseCodes.from_dense(dense)))
     codes.indices[0, 0, 0], codes.counts[0, 0] = 9, 4
     with pytest.raises(IndexError, match="9"):
         codes.to_dense(9)

@@ -11,12 +11,15 @@ from test_compile import OPS, samples
 from torch.autograd import forward_ad
 
 from aksae_kernels import (
+    batch_topk_encode,
     batch_topk_select,
     decode_mse,
+    encode_at,
     sparse_decode,
     sparse_encode,
     sparse_value_grad,
     sparse_weight_grad,
+    threshold_encode,
     threshold_select,
     topk_encode,
     topk_select,
@@ -33,6 +36,9 @@ FUNCTIONS = {
     "threshold_select": lambda x, W, b, c: threshold_select(x @ W.T, 0.3).values,
     "topk_encode": lambda x, W, b, c: topk_encode(x, W, b, k=3).values,
     "topk_encode without bias": lambda x, W, b, c: topk_encode(x, W, k=3).values,
+    "batch_topk_encode": lambda x, W, b, c: batch_topk_encode(x, W, b, budget=11, k_max=4).values,
+    "threshold_encode": lambda x, W, b, c: threshold_encode(x, W, b, threshold=0.3, k_max=4).values,
+    "encode_at": lambda x, W, b, c: encode_at(topk_encode(x, W, b, k=3), x, W, b).values,
     "sparse_encode": lambda x, W, b, c: sparse_encode(topk_encode(x, W, b, k=3), x, W),
     "sparse_decode": lambda x, W, b, c: sparse_decode(topk_encode(x, W, b, k=3), W, c),
     "decode_mse": lambda x, W, b, c: decode_mse(topk_encode(x, W, b, k=3), W, c, x),
@@ -171,7 +177,7 @@ def test_no_op_gives_a_silent_zero(case, op):
         for i, argument in enumerate(arguments):
             if not isinstance(argument, torch.Tensor) or not argument.is_floating_point():
                 continue
-            if op == "threshold_select" and i == 1:
+            if (op, i) in (("threshold_select", 1), ("threshold_encode", 3)):
                 continue  # It is compared, nothing else.
             with torch.no_grad(), forward_ad.dual_level():
                 dual = forward_ad.make_dual(argument.detach(), torch.randn_like(argument))

@@ -757,38 +757,38 @@ def test_above_takes_one_threshold_for_all(threshold):
 
 
 @pytest.mark.parametrize("lead", [(5,), (2, 3), ()], ids=str)
-def test_from_dense(lead):
+def test_active_codes(lead):
     acts = random_codes(lead, 4, 200, dtype=torch.float64).to_dense(200).abs()
-    codes = sparse.from_dense(acts)
+    codes = sparse.active_codes(acts)
     assert torch.equal(codes.to_dense(200), acts)
     assert codes.indices.shape[-1] == (acts > 0).sum(-1).max()
 
 
 @pytest.mark.parametrize("value", [-1.0, torch.nan, -torch.inf])
-def test_from_dense_refuses_what_codes_do_not_hold(value):
+def test_active_codes_refuses_what_codes_do_not_hold(value):
     acts = torch.zeros(5, 200)
-    assert sparse.from_dense(acts) is not None
+    assert sparse.active_codes(acts) is not None
     acts[3, 7] = value
-    assert sparse.from_dense(acts) is None
+    assert sparse.active_codes(acts) is None
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-def test_from_dense_refuses_what_has_a_tangent():
+def test_active_codes_refuses_what_has_a_tangent():
     acts = torch.zeros(4, 160)
     acts[:, 3] = 1
     with torch.autograd.forward_ad.dual_level():
-        assert sparse.from_dense(torch.autograd.forward_ad.make_dual(acts, torch.ones_like(acts))) is None
-    assert sparse.from_dense(acts) is not None
+        assert sparse.active_codes(torch.autograd.forward_ad.make_dual(acts, torch.ones_like(acts))) is None
+    assert sparse.active_codes(acts) is not None
 
 
-def test_from_dense_refuses_many_and_what_learns():
+def test_active_codes_refuses_many_and_what_learns():
     acts = torch.zeros(5, 200)
     acts[3, :100] = 1
-    assert sparse.from_dense(acts) is None
+    assert sparse.active_codes(acts) is None
     learning = torch.zeros(5, 200, requires_grad=True)
-    assert sparse.from_dense(learning) is None
+    assert sparse.active_codes(learning) is None
     with torch.no_grad():
-        assert sparse.from_dense(learning) is not None
+        assert sparse.active_codes(learning) is not None
 
 
 def test_above_keeps_nan():

@@ -7,12 +7,15 @@ import torch
 
 from aksae_kernels import (
     SparseCodes,
+    batch_topk_encode,
     batch_topk_select,
     decode_mse,
+    encode_at,
     sparse_decode,
     sparse_encode,
     sparse_value_grad,
     sparse_weight_grad,
+    threshold_encode,
     threshold_select,
     topk_encode,
     topk_select,
@@ -57,6 +60,15 @@ def calls(codes: SparseCodes, x, W, b, c, pre_acts) -> dict:
         "batch_topk_select": (lambda p: batch_topk_select(p, 4).values, [pre_acts]),
         "threshold_select": (lambda p: threshold_select(p, b.detach()).values, [pre_acts]),
         "topk_encode": (lambda x, W, b: topk_encode(x, W, b, k=k, k_max=width).values, [x, W, b]),
+        "batch_topk_encode": (
+            lambda x, W, b: batch_topk_encode(x, W, b, budget=4, k_max=width).values,
+            [x, W, b],
+        ),
+        "threshold_encode": (
+            lambda x, W, b: threshold_encode(x, W, b, threshold=b.detach(), k_max=width).values,
+            [x, W, b],
+        ),
+        "encode_at": (lambda x, W, b: encode_at(codes, x, W, b).values, [x, W, b]),
         "sparse_encode": (lambda x, W: sparse_encode(codes, x, W), [x, W]),
         "sparse_decode": (lambda v, W, c: sparse_decode(with_values(v), W, c), [codes.values, W, c]),
         "decode_mse": (lambda v, W, c, x: decode_mse(with_values(v), W, c, x), [codes.values, W, c, x]),

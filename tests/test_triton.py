@@ -137,6 +137,28 @@ def test_an_encode_takes_one_slab_of_memory(monkeypatch, megabytes, name, k, dty
     assert tuning.slab_bytes() * 0.2 < memory.peak - codes <= tuning.slab_bytes() * 1.02
 
 
+@compiled
+@pytest.mark.parametrize("dtype", resources.DTYPES, ids=str)
+@pytest.mark.parametrize("k", [60, 320])
+def test_a_capped_encode_takes_its_candidates_besides(monkeypatch, k, dtype):
+    """And reads nothing back: on the meta device there is nothing to read."""
+    monkeypatch.setattr(encode, "_product", lambda x, W, slab: None)
+    shape, _ = resources.SHAPES["S1"]
+    meta = torch.device("meta")
+    x = torch.empty(shape.B, shape.D, dtype=dtype, device=meta)
+    W = torch.empty(shape.F, shape.D, dtype=dtype, device=meta)
+    thresholds = torch.empty(shape.F, dtype=dtype, device=meta)
+    for call in (
+        lambda: backend.batch_topk_encode(x, W, None, shape.B * k // 2, k),
+        lambda: backend.threshold_encode(x, W, None, thresholds, k),
+    ):
+        memory = PeakMemory(x, W, thresholds)
+        with memory:
+            resources.record(call)
+        # Two sets of codes, and slots as int64; of all scores there would be some 400 to 800 MB.
+        assert memory.peak <= tuning.slab_bytes() * 1.02 + 40 * shape.B * k < shape.B * shape.F * dtype.itemsize
+
+
 def stored_values(ptx: str) -> dict[str, set[str]]:
     """What a program stores, as expressions of its parameters and of what it loads through them, by the parameter that
     it is stored through. Registers are followed in the order of the text, so a loop counts as its first turn."""

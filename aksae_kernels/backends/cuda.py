@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..codes import SparseCodes
-from ..operands import empty_codes, limits, require_width, rows, vector
+from ..operands import above, among, empty_codes, limits, require_width, rows, vector, whole_rows, with_bias
 
 _PACKAGE = Path(__file__).parent.parent
 # Of the tensors it takes; the tests' emulation of CUDA takes those of the CPU.
@@ -71,6 +71,24 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, k_max
     return codes
 
 
+def batch_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, budget: int, k_max: int) -> SparseCodes:
+    candidates = _candidates(x, W_enc, b_enc, k_max)
+    return among(candidates, batch_topk_select(candidates.values, budget, k_max), x.dtype)
+
+
+def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, k_max: int) -> SparseCodes:
+    candidates = _candidates(x, W_enc, b_enc, k_max)
+    values = above(candidates, limits(x, threshold, len(W_enc)))
+    return among(candidates, topk_select(values, whole_rows(x, k_max), k_max), x.dtype)
+
+
+def _candidates(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k_max: int) -> SparseCodes:
+    """The best of each row, unrounded."""
+    codes = empty_codes(x, k_max, torch.float32)
+    torch.ops.aksae_cuda.topk_encode(rows(x), rows(W_enc), vector(b_enc), whole_rows(x, k_max), *codes)
+    return codes
+
+
 def batch_topk_select(pre_acts: Tensor, budget: int, k_max: int) -> SparseCodes:
     codes = empty_codes(pre_acts, k_max)
     torch.ops.aksae_cuda.batch_topk_select(rows(pre_acts), budget, *codes)
@@ -117,9 +135,13 @@ def decode_mse(
 
 
 def sparse_value_grad(grad: Tensor, indices: Tensor, counts: Tensor, W: Tensor) -> Tensor:
-    out = grad.new_empty(indices.shape, dtype=torch.float32)
-    torch.ops.aksae_cuda.sparse_value_grad(rows(grad), indices.contiguous(), counts.contiguous(), rows(W), out)
-    return out.to(grad.dtype)
+    return sparse_encode(grad, indices, counts, W, None)
+
+
+def sparse_encode(x: Tensor, indices: Tensor, counts: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
+    dots = x.new_empty(indices.shape, dtype=torch.float32)
+    torch.ops.aksae_cuda.sparse_value_grad(rows(x), indices.contiguous(), counts.contiguous(), rows(W_enc), dots)
+    return with_bias(dots, indices, counts, b_enc, x.dtype)
 
 
 def sparse_weight_grad(

@@ -1,7 +1,8 @@
 """The `cpu` backend: the C++ kernels of `_C`, loaded when they are first needed.
 
 The binary takes tensors with contiguous rows and writes into outputs made here. AKSAE_CPU_ISA (`baseline`, `avx2`,
-`avx512`, `avx512_bf16`, `amx`) forces an instruction set; without it the best one of the machine is used.
+`avx512`, `avx512_bf16`, `amx`; `emulated_bf16` for tests) forces an instruction set; without it the best one of the
+machine is used.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..codes import SparseCodes, acc_dtype, raise_for_codes
 from ..kept import prepared
-from ..operands import empty_codes, limits, require_width, rows, vector
+from ..operands import above, among, empty_codes, limits, require_width, rows, vector, whole_rows, with_bias
 
 _PACKAGE = Path(__file__).parent.parent
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -57,11 +59,51 @@ def topk_select(pre_acts: Tensor, k: Tensor, k_max: int) -> SparseCodes:
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, k_max: int) -> SparseCodes:
     codes = empty_codes(x, k_max)
-    packed = prepared(W_enc, _pack) if x.dtype == torch.float32 else None
-    torch.ops.aksae_cpu.topk_encode(
-        rows(x), rows(W_enc), vector(b_enc), *(packed or (None, None)), k.contiguous(), *codes
-    )
+    _encode(x, W_enc, b_enc, k.contiguous(), 0.0, codes)
     return codes
+
+
+def batch_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, budget: int, k_max: int) -> SparseCodes:
+    # Few rows have more than twice the average; only those whose list is too short are encoded once more.
+    width = min(k_max, max(1, 2 * -(-budget // max(1, len(x)))))
+    candidates = _candidates(x, W_enc, b_enc, width)
+    chosen = batch_topk_select(candidates.values, budget, width)
+    if width < k_max:
+        candidates = _widened(candidates, k_max)
+        is_short = torch.ones_like(chosen.counts, dtype=torch.bool)
+        # What a list has left out comes after all that it holds: it can only win where all of that has won. A list that
+        # is made anew may lose to another one, as its scores are summed in an order that depends on the rows there are.
+        while len(cut := (is_short & (chosen.counts == width)).nonzero().squeeze(1)):
+            for whole, part in zip(candidates, _candidates(x[cut], W_enc, b_enc, k_max)):
+                whole[cut] = part
+            is_short[cut] = False
+            chosen = batch_topk_select(candidates.values, budget, k_max)
+        chosen = _widened(chosen, k_max)
+    return among(candidates, chosen, x.dtype)
+
+
+def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, k_max: int) -> SparseCodes:
+    limit = limits(x, threshold, len(W_enc))
+    # Finite, since a bound of what may be NaN is never above infinity.
+    lowest = min(float(limit.min()), torch.finfo(limit.dtype).max) if len(limit) else 0.0
+    candidates = _candidates(x, W_enc, b_enc, k_max, lowest)
+    if not bool((limit > lowest).any()):
+        return candidates._replace(values=candidates.values.to(x.dtype))
+    values = above(candidates, limit)
+    return among(candidates, topk_select(values, whole_rows(x, k_max), k_max), x.dtype)
+
+
+def _candidates(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k_max: int, threshold: float = 0.0) -> SparseCodes:
+    """The best of each row that are above the threshold, unrounded."""
+    codes = empty_codes(x, k_max, acc_dtype(x.dtype))
+    _encode(x, W_enc, b_enc, whole_rows(x, k_max), threshold, codes)
+    return codes
+
+
+def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, threshold: float, codes: SparseCodes) -> None:
+    packed = prepared(W_enc, _pack) if x.dtype == torch.float32 else None
+    operands = rows(x), rows(W_enc), vector(b_enc), *(packed or (None, None))
+    torch.ops.aksae_cpu.topk_encode(*operands, k, threshold, *codes)
 
 
 def batch_topk_select(pre_acts: Tensor, budget: int, k_max: int) -> SparseCodes:
@@ -121,6 +163,13 @@ def sparse_value_grad(grad: Tensor, indices: Tensor, counts: Tensor, W: Tensor) 
     return out
 
 
+def sparse_encode(x: Tensor, indices: Tensor, counts: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
+    indices, counts = _pattern(indices, counts, W_enc.shape[0])
+    dots = x.new_empty(indices.shape, dtype=acc_dtype(x.dtype) if b_enc is not None else x.dtype)
+    torch.ops.aksae_cpu.sparse_value_grad(rows(x), indices, counts, rows(W_enc), dots)
+    return with_bias(dots, indices, counts, b_enc, x.dtype)
+
+
 def sparse_weight_grad(
     values: Tensor, indices: Tensor, counts: Tensor, dense: Tensor, d_sae: int, sums: bool
 ) -> tuple[Tensor, Tensor]:
@@ -170,6 +219,13 @@ def adam_step_(
     )
     # Autograd must notice that weights saved by an older graph are gone.
     torch.autograd.graph.increment_version((param, exp_avg, exp_avg_sq))
+
+
+def _widened(codes: SparseCodes, width: int) -> SparseCodes:
+    """The codes in rows of `width` slots."""
+    more = width - codes.indices.shape[1]
+    values, indices = (F.pad(part, (0, more), value=fill) for part, fill in ((codes.values, 0), (codes.indices, -1)))
+    return SparseCodes(values, indices, codes.counts)
 
 
 def _pack(W_enc: Tensor) -> tuple[Tensor, Tensor] | None:

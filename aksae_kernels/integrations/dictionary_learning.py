@@ -31,7 +31,7 @@ from .. import SparseCodes, sparse_decode, topk_encode
 from . import accelerate, deaccelerate
 from .accelerated import AbstractFirst, Accelerated, AcceleratedModule, has_data, is_plain_linear
 from .adam import slow_down, speed_up
-from .sparse import above, at, batch_topk, is_crowded, live, topk
+from .sparse import above, batch_topk, is_crowded, product_dtype, topk
 from .weights import as_latent_major, as_row_major, normalize_rows_, project_rows_
 
 
@@ -109,10 +109,7 @@ class FastBatchTopKSAE(AbstractFirst, _LinearAutoEncoder, BatchTopKSAE):
 
     def _bias(self) -> Tensor:
         """`b_enc`, under autocast in its dtype: an `nn.Linear` rounds the bias, too."""
-        bias = self.encoder.bias
-        # torch knows no autocast of the meta device, and raises.
-        autocasts = not bias.is_meta and torch.is_autocast_enabled(bias.device.type) and bias.dtype != torch.float64
-        return bias.to(torch.get_autocast_dtype(bias.device.type)) if autocasts else bias
+        return self.encoder.bias.to(product_dtype(self.encoder.bias))
 
 
 class FastJumpReluAutoEncoder(AbstractFirst, AcceleratedModule, JumpReluAutoEncoder):
@@ -196,7 +193,7 @@ class _LinearTrainer(_Trainer):
         x_hat = self.ae._decode(codes)
         residual = x - x_hat
         self.effective_l0 = int(self.ae.k)
-        fired = _sum_by_latent(codes, live(codes).int(), self.ae.dict_size) > 0
+        fired = _sum_by_latent(codes, codes.mask().int(), self.ae.dict_size) > 0
         _count_fired(self.num_tokens_since_fired, fired, len(x))
 
         l2_loss = residual.pow(2).sum(-1).mean()
@@ -270,8 +267,8 @@ class FastJumpReluTrainer(_Trainer, JumpReluTrainer):
         if not len(x) or is_crowded(*selection):
             return super().loss(x, step=step, logging=logging)
         near = above(*selection)
-        threshold = at(ae.threshold, near)
-        f = JumpReLUFunction.apply(near.values + at(reach, near), threshold, self.bandwidth)
+        threshold = near.gather(ae.threshold)
+        f = JumpReLUFunction.apply(near.values + near.gather(reach), threshold, self.bandwidth)
         codes = near._replace(values=f)
         fired = _sum_by_latent(codes, f.detach(), ae.dict_size) > 0
         _count_fired(self.num_tokens_since_fired, fired, len(x))
@@ -289,7 +286,7 @@ class FastJumpReluTrainer(_Trainer, JumpReluTrainer):
 
     def _l0(self, codes: SparseCodes, threshold: Tensor) -> Tensor:
         """Mean over the rows of the host's step function, over all latents, of the activations `codes`."""
-        here = live(codes)
+        here = codes.mask()
         inside = StepFunction.apply(codes.values, threshold, self.bandwidth).where(here, 0).sum()
         # The others are all 0: above a negative threshold, and with a gradient for one near 0.
         n_others = codes.counts.numel() - _sum_by_latent(codes, here.int(), self.ae.dict_size)
@@ -301,7 +298,7 @@ class FastJumpReluTrainer(_Trainer, JumpReluTrainer):
 def _sum_by_latent(codes: SparseCodes, values: Tensor, d_sae: int) -> Tensor:
     """`[F]`: the sum over the rows of `values [..., K]`, which belong to the latents of `codes`."""
     # Slots past the counts go to one latent too many: counting them first would make an accelerator wait.
-    index = codes.indices.where(live(codes), d_sae).long().flatten()
+    index = codes.indices.where(codes.mask(), d_sae).long().flatten()
     return values.new_zeros(d_sae + 1).index_add_(0, index, values.flatten())[:d_sae]
 
 

@@ -17,7 +17,7 @@ from .. import SparseCodes, sparse_decode
 from . import accelerate
 from .accelerated import Accelerated, AcceleratedModule, has_data, has_hooks
 from .adam import slow_down, speed_up
-from .sparse import above, at, batch_topk, topk
+from .sparse import above, batch_topk, topk
 
 _ACTIVATIONS = ("topk", "batchtopk", "jumprelu")
 
@@ -172,7 +172,7 @@ class FastSparseAutoEncoder(AcceleratedModule, SparseAutoEncoder):
             return F.linear(x.to(W_enc.dtype), W_enc, b_enc).relu() @ self.W_D.index_select(0, dead)
         scale = self._scale()
         codes = self._select(x, W_enc, b_enc, None if scale is None else scale[dead], k)
-        return sparse_decode(codes._replace(indices=at(dead, codes).int()), self.W_D)
+        return sparse_decode(codes._replace(indices=codes.gather(dead).int()), self.W_D)
 
     def _mean_error(self, difference: Tensor, mask: Tensor | None) -> Tensor:
         error = difference.pow(2).sum(-1)

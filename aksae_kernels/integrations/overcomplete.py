@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import SparseCodes, sparse_decode, topk_select
 from .accelerated import AbstractFirst, AcceleratedModule, has_hooks, is_plain_linear
-from .sparse import encode_at
+from .sparse import pre_acts_at
 
 
 class FastTopKSAE(AbstractFirst, AcceleratedModule, TopKSAE):
@@ -47,7 +47,7 @@ class FastTopKSAE(AbstractFirst, AcceleratedModule, TopKSAE):
             pre_codes, codes = self.encoder(x)
             return pre_codes, topk_select(codes, self.top_k)
         pre_codes, weight, bias = linear
-        return pre_codes, encode_at(topk_select(pre_codes.detach(), self.top_k), x, weight, bias)
+        return pre_codes, pre_acts_at(topk_select(pre_codes.detach(), self.top_k), x, weight, bias)
 
 
 def _has_relu(encoder: nn.Module) -> bool:

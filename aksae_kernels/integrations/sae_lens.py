@@ -40,7 +40,7 @@ from .. import SparseCodes, sparse_decode
 from . import accelerate, deaccelerate
 from .accelerated import Accelerated, AcceleratedModule, has_data, has_hooks
 from .adam import slow_down, speed_up
-from .sparse import above, at, batch_topk, encode_at, from_dense, has_tangent, is_crowded, topk
+from .sparse import above, active_codes, batch_topk, has_tangent, is_crowded, pre_acts_at, topk
 
 _ROWS_AT_ONCE = 64
 """Rows whose scores of dead latents are kept at once."""
@@ -63,7 +63,7 @@ class _Encoded(NamedTuple):
     def activations(self) -> SparseCodes:
         """The codes with the host's activations for values."""
         codes = self.codes
-        return codes if self.norm is None else codes._replace(values=codes.values * at(self.norm, codes))
+        return codes if self.norm is None else codes._replace(values=codes.values * codes.gather(self.norm))
 
 
 class TrainStep(TrainStepOutput):
@@ -116,11 +116,11 @@ class _SparseSAE(AcceleratedModule):
         if feature_acts.is_sparse:
             # The host's product with a COO tensor has no backward on CPUs.
             feature_acts = feature_acts.to_dense()
-        codes = from_dense(feature_acts) if feature_acts.shape[-1] == self.cfg.d_sae else None
+        codes = active_codes(feature_acts) if feature_acts.shape[-1] == self.cfg.d_sae else None
         if codes is None:
             return super().decode(feature_acts)
         if self._is_rescaled():
-            codes = codes._replace(values=codes.values * at(1 / self._decoder_norms(), codes))
+            codes = codes._replace(values=codes.values * codes.gather(1 / self._decoder_norms()))
         return self._decode(codes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class _TopKTrainingSAE(_TrainingSAE):
             best = torch.cat([_best(F.linear(some, weight, bias), k_aux, scale) for some in rows.split(_ROWS_AT_ONCE)])
             indices = dead[best].int().reshape(*x.shape[:-1], k_aux)
             chosen = SparseCodes(x.new_empty(indices.shape), indices, torch.full_like(indices[..., 0], k_aux))
-        return sparse_decode(encode_at(chosen, x, W_enc, b_enc), self.W_dec)
+        return sparse_decode(pre_acts_at(chosen, x, W_enc, b_enc), self.W_dec)
 
 
 class _TopKSelection:
@@ -320,7 +320,7 @@ class FastJumpReLUTrainingSAE(_TrainingSAE, JumpReLUTrainingSAE):
         pre_acts = encoded.codes
         gate = self._gate(pre_acts)
         # The activation jumps by its threshold where the gate opens.
-        jump = at(self.threshold.detach(), pre_acts).to(gate.dtype) * (gate - gate.detach())
+        jump = pre_acts.gather(self.threshold.detach()).to(gate.dtype) * (gate - gate.detach())
         values = pre_acts.values * gate.detach() + jump
         return encoded._replace(codes=pre_acts._replace(values=values), gate=gate)
 
@@ -333,12 +333,12 @@ class FastJumpReLUTrainingSAE(_TrainingSAE, JumpReLUTrainingSAE):
             if is_crowded(x, W_enc, bias, bias.new_zeros(())):
                 return None
             chosen = above(x, W_enc, bias, bias.new_zeros(()))
-        return encode_at(chosen, x, W_enc, b_enc)
+        return pre_acts_at(chosen, x, W_enc, b_enc)
 
     def _gate(self, pre_acts: SparseCodes) -> Tensor:
         """`[..., K]`: 1 above the threshold, else 0, with the gradient of a ramp one bandwidth wide."""
         scores = pre_acts.values
-        threshold = at(self.threshold.to(scores.dtype), pre_acts)
+        threshold = pre_acts.gather(self.threshold.to(scores.dtype))
         distance = (scores if self.cfg.jumprelu_ste_to_input else scores.detach()) - threshold
         is_near = (distance.detach() / self.bandwidth).abs() < 0.5
         return (scores > threshold) + is_near * (distance - distance.detach()) / self.bandwidth
@@ -353,7 +353,7 @@ class FastJumpReLUTrainingSAE(_TrainingSAE, JumpReLUTrainingSAE):
         """Of each row: its L0, how far that is from its target, or a smooth form of it."""
         mode = self.cfg.jumprelu_sparsity_loss_mode
         if mode == "tanh":
-            norm = at(self._decoder_norms(), encoded.codes)
+            norm = encoded.codes.gather(self._decoder_norms())
             return torch.tanh(self.cfg.jumprelu_tanh_scale * encoded.codes.values * norm).sum(dim=-1)
         l0 = encoded.gate.sum(dim=-1)
         if mode == "quadratic":

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .. import SparseCodes, batch_topk_select, sparse_encode, threshold_select, topk_encode, topk_select
+from .. import SparseCodes, batch_topk_select, encode_at, sparse_encode, threshold_select, topk_encode, topk_select
 from .accelerated import has_data
 
 _SLACK = 8
@@ -20,21 +20,21 @@ _SAMPLE = 16
 """Rows that tell how many latents fire."""
 
 
-def live(codes: SparseCodes) -> Tensor:
-    """`[..., K]` bool: True before a row's count."""
-    return torch.arange(codes.indices.shape[-1], device=codes.counts.device) < codes.counts.unsqueeze(-1)
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a product with `tensor` is made: autocast's, where that is on and casts it."""
+    # torch knows no autocast of the meta device, and raises.
+    is_cast = not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(tensor.device.type) if is_cast else tensor.dtype
 
 
-def at(vector: Tensor, codes: SparseCodes) -> Tensor:
-    """`vector[indices]`, `[..., K]`, of a `vector [F]`; 0 past the counts. Gradients reach `vector`."""
-    mask = live(codes)
-    return torch.where(mask, vector[codes.indices.where(mask, 0).long()], 0)
+def pre_acts_at(codes: SparseCodes, x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> SparseCodes:
+    """`encode_at`, but a bias that autocast would round keeps its dtype.
 
-
-def encode_at(codes: SparseCodes, x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> SparseCodes:
-    """The latents of `codes` with their pre-activations `<x, W_enc[f]> + b_enc[f]` for values, and its gradients."""
-    scores = sparse_encode(codes, x, W_enc)
-    return codes._replace(values=scores if b_enc is None else scores + at(b_enc, codes))
+    A host that adds its bias to `x @ W_enc.T` goes on in the dtype of the bias.
+    """
+    if b_enc is None or b_enc.dtype == product_dtype(x):
+        return encode_at(codes, x, W_enc, b_enc)
+    return codes._replace(values=sparse_encode(codes, x, W_enc) + codes.gather(b_enc))
 
 
 def topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, scale: Tensor | None = None) -> SparseCodes:
@@ -49,7 +49,7 @@ def topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, scale: Tensor | None =
         return topk_encode(x, W_enc, b_enc, k=k)
     with torch.no_grad():
         chosen = topk_encode(x, W_enc * scale.unsqueeze(1), b_enc * scale, k=k)
-    return encode_at(chosen, x, W_enc, b_enc)
+    return pre_acts_at(chosen, x, W_enc, b_enc)
 
 
 def batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, budget: int, scale: Tensor | None = None) -> SparseCodes:
@@ -66,7 +66,7 @@ def batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, budget: int, scale: Tens
         else:
             chosen = _best_of_batch(x, W_enc * scale.unsqueeze(1), b_enc * scale, budget)
     is_final = scale is None and not _any_learns(x, W_enc, b_enc)
-    return chosen if is_final else encode_at(chosen, x, W_enc, b_enc)
+    return chosen if is_final else pre_acts_at(chosen, x, W_enc, b_enc)
 
 
 def above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseCodes:
@@ -76,7 +76,7 @@ def above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseC
     """
     with torch.no_grad():
         chosen = _all_above(x, W_enc, b_enc, threshold.to(b_enc.dtype))
-    return encode_at(chosen, x, W_enc, b_enc) if _any_learns(x, W_enc, b_enc) else chosen
+    return pre_acts_at(chosen, x, W_enc, b_enc) if _any_learns(x, W_enc, b_enc) else chosen
 
 
 def is_crowded(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> bool:
@@ -92,7 +92,7 @@ def is_crowded(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> bo
     return _CROWD * int(hits.sum()) > hits.numel()
 
 
-def from_dense(acts: Tensor) -> SparseCodes | None:
+def active_codes(acts: Tensor) -> SparseCodes | None:
     """The entries of `acts [..., F]` that are not 0, without gradient, if few are and none is negative or NaN.
 
     None if not, if `acts` has no data to tell, and if it is differentiated, in either mode: that concerns every entry,
@@ -113,7 +113,7 @@ def padded(codes: SparseCodes) -> tuple[Tensor, Tensor]:
     another row: a host that counts every index as fired then counts none that did not, as long as any did (else
     latent 0).
     """
-    mask = live(codes)
+    mask = codes.mask()
     indices = codes.indices.where(mask, 0).long()
     values = codes.values.where(mask, 0)
     if indices.shape[-1]:
@@ -156,7 +156,7 @@ def _all_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> Sp
     codes = topk_encode(x, W_enc, b_enc - bar, k=width)
     if bool((codes.counts < width).all()):
         codes = _trimmed(codes)
-        return codes._replace(values=codes.values + at(bar, codes))
+        return codes._replace(values=codes.values + codes.gather(bar))
     scores = F.linear(x, W_enc, b_enc)
     # NaN is selected whatever the threshold.
     width = int(((scores > bar) | scores.isnan()).sum(-1).max())

@@ -15,7 +15,7 @@ from .. import SparseCodes, decode_mse, sparse_decode, topk_encode, topk_select
 from . import accelerate, deaccelerate
 from .accelerated import Accelerated, AcceleratedModule
 from .adam import slow_down, speed_up
-from .sparse import at, live, padded, topk
+from .sparse import padded, topk
 from .weights import normalize_rows_, project_rows_
 
 
@@ -109,7 +109,7 @@ class FastSparseCoder(AcceleratedModule, SparseCoder):
                 e_hat = acts.to(self.dtype) @ self.W_dec.index_select(0, dead)
             return len(dead) / k * (e_hat - e).pow(2).sum()
         codes = topk_encode(z, W_enc, b_enc, k=k)
-        codes = codes._replace(values=codes.values.to(self.dtype), indices=at(dead, codes).int())
+        codes = codes._replace(values=codes.values.to(self.dtype), indices=codes.gather(dead).int())
         with _without_autocast(z.device):
             return decode_mse(codes, self.W_dec, None, e.to(self.dtype)).sum().to(e.dtype)
 
@@ -149,5 +149,5 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
 def _best(codes: SparseCodes, k: int) -> SparseCodes:
     """The k largest of each row of codes."""
     top = topk_select(codes.values, k)
-    places = top.indices.where(live(top), 0).long()
+    places = top.indices.where(top.mask(), 0).long()
     return top._replace(indices=codes.indices.gather(-1, places))

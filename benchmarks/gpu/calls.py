@@ -35,8 +35,12 @@ def call(op: str, device: torch.device, dtype: torch.dtype) -> None:
     match op:
         case "topk_encode":
             ak.topk_encode(x, W_enc, b_enc, k=k, k_max=_K).values.sum().backward()
-        case "sparse_encode":
-            ak.sparse_encode(codes, x, W_enc).sum().backward()
+        case "batch_topk_encode":
+            ak.batch_topk_encode(x, W_enc, b_enc, budget=B * _K // 2, k_max=_K).values.sum().backward()
+        case "threshold_encode":
+            ak.threshold_encode(x, W_enc, b_enc, threshold=1.0, k_max=_K).values.sum().backward()
+        case "encode_at":
+            ak.encode_at(codes, x, W_enc, b_enc).values.sum().backward()
         case "topk_select":
             ak.topk_select(scores, k, _K).values.sum().backward()
         case "sparse_decode":

@@ -86,29 +86,50 @@ def topk_encode(site: Site) -> None:
         W[d_sae // 2 :], b[d_sae // 2 :] = W[d_sae // 2], 0
         k, (scores, tolerance) = site.ks(n_rows, d_sae), encode_scores(x, W, b)
         check_codes(_twice(ak.topk_encode, x, W, b, k=k, k_max=d_sae), scores, k, d_sae, tolerance=tolerance)
-    _encode_exactly(site)
-    _encode_gradients(site)
+    x, W, b, scores = _integers(site)
+    k = site.ks(9, 300)
+    check_codes(_twice(ak.topk_encode, x, W, b, k=k, k_max=40), scores, k, 40)
+    _encode_gradients(site, lambda x, W, b: ak.topk_encode(x, W, b, k=site.ks(40, 60), k_max=60))
 
 
-def _encode_exactly(site: Site) -> None:
-    """Integers, whose sums are exact, with NaN and infinities among them."""
+def batch_topk_encode(site: Site) -> None:
+    x, W, b, scores = _integers(site)
+    for budget, k_max in ((40, 40), (900, 300), (0, 40)):
+        rows = torch.where(topk_mask(scores, k_max), scores, 0)
+        mask = topk_mask(rows.flatten(), budget).view_as(rows)
+        codes = _twice(ak.batch_topk_encode, x, W, b, budget=budget, k_max=k_max)
+        _exactly(codes, codes_from_mask(rows, mask, k_max))
+    _encode_gradients(site, lambda x, W, b: ak.batch_topk_encode(x, W, b, budget=1000, k_max=60))
+
+
+def threshold_encode(site: Site) -> None:
+    x, W, b, scores = _integers(site)
+    for threshold in (-1.0, 5.5, site.randn(5, 300).abs() * 8):
+        rows = torch.where(topk_mask(scores, 40), scores, 0)
+        limit = threshold.double() if isinstance(threshold, Tensor) else threshold
+        mask = selectable(rows) & ((rows > limit) | rows.isnan())
+        codes = _twice(ak.threshold_encode, x, W, b, threshold=threshold, k_max=40)
+        _exactly(codes, codes_from_mask(rows, mask, 40))
+    _encode_gradients(site, lambda x, W, b: ak.threshold_encode(x, W, b, threshold=2.0, k_max=60))
+
+
+def _integers(site: Site) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, W, b and their scores: integers, whose sums are exact, with NaN and infinities among them."""
     generator = torch.Generator().manual_seed(0)
     shapes = (9, 12), (300, 12), (300,)
     x, W, b = (torch.randint(-3, 4, shape, generator=generator).to(site.device, site.dtype) for shape in shapes)
     x[1, 3], x[2, 4], W[77, 5], b[200] = torch.nan, torch.inf, torch.nan, torch.inf
-    scores, _ = encode_scores(x, W, b)
-    k = site.ks(9, 300)
-    check_codes(_twice(ak.topk_encode, x, W, b, k=k, k_max=40), scores, k, 40)
+    return x, W, b, encode_scores(x, W, b)[0]
 
 
-def _encode_gradients(site: Site) -> None:
-    check_errors(_encode_gradients_of(site, 10 * draw) for draw in range(site.draws))
+def _encode_gradients(site: Site, encode: Callable[..., ak.SparseCodes]) -> None:
+    check_errors(_encode_gradients_of(site, encode, 10 * draw) for draw in range(site.draws))
 
 
-def _encode_gradients_of(site: Site, seed: int) -> Judged:
+def _encode_gradients_of(site: Site, encode: Callable[..., ak.SparseCodes], seed: int) -> Judged:
     shapes = (40, 33), (207, 33), (207,)
     x, W, b = (site.randn(seed + i, *shape).requires_grad_() for i, shape in enumerate(shapes, 1))
-    codes = ak.topk_encode(x, W, b, k=site.ks(40, 60), k_max=60)
+    codes = encode(x, W, b)
     upstream = site.randn(seed + 4, *codes.values.shape)
     grads = _twice(torch.autograd.grad, codes.values, (x, W, b), upstream, retain_graph=True)
     grad = dense_codes(codes._replace(values=upstream), 207)
@@ -118,24 +139,26 @@ def _encode_gradients_of(site: Site, seed: int) -> Judged:
     return dict(zip(names, zip(grads, exact, lossy)))
 
 
-def sparse_encode(site: Site) -> None:
+def encode_at(site: Site) -> None:
     def scores_and_gradients(codes: ak.SparseCodes, W: Tensor, x: Tensor) -> Judged:
-        x, W = x.clone().requires_grad_(), W.clone().requires_grad_()
-        scores = _twice(ak.sparse_encode, codes, x, W)
+        x, W, b = inputs = tuple(t.clone().requires_grad_() for t in (x, W, W[:, 0]))
+        scores = _twice(ak.encode_at, codes, x, W, b).values
         # The values of the codes, which no score depends on, are the upstream gradient: NaN in the padding.
-        grads = _twice(torch.autograd.grad, scores, (x, W), codes.values, retain_graph=True)
+        grads = _twice(torch.autograd.grad, scores, inputs, codes.values, retain_graph=True)
         grad = dense_codes(codes, len(W))
-        exact, lossy = (_sampled_in(dtype, codes, grad, x, W) for dtype in (torch.float64, site.dtype))
-        names = ("the scores", "the scores' gradient of x", "the scores' gradient of W_enc")
+        exact, lossy = (_sampled_in(dtype, codes, grad, x, W, b) for dtype in (torch.float64, site.dtype))
+        names = ("the scores", *(f"the scores' gradient of {name}" for name in ("x", "W_enc", "b_enc")))
         return dict(zip(names, zip((scores, *grads), exact, lossy)))
 
     _judge(site, scores_and_gradients)
 
 
-def _sampled_in(dtype: torch.dtype, codes: ak.SparseCodes, grad: Tensor, x: Tensor, W: Tensor) -> tuple[Tensor, ...]:
-    """Scores at the codes and both gradients by dense products in `dtype`."""
-    grad, x, W = (tensor.detach().to(dtype) for tensor in (grad, x, W))
-    return at_codes(x @ W.T, codes), grad @ W, grad.T @ x
+def _sampled_in(
+    dtype: torch.dtype, codes: ak.SparseCodes, grad: Tensor, x: Tensor, W: Tensor, b: Tensor
+) -> tuple[Tensor, ...]:
+    """Scores at the codes and the gradients by dense products in `dtype`."""
+    grad, x, W, b = (tensor.detach().to(dtype) for tensor in (grad, x, W, b))
+    return at_codes(x @ W.T + b, codes), grad @ W, grad.T @ x, grad.sum(0)
 
 
 def batch_topk_select(site: Site) -> None:
@@ -226,7 +249,9 @@ CHECKS: dict[str, Callable[[Site], None]] = {
     for check in (
         topk_select,
         topk_encode,
-        sparse_encode,
+        batch_topk_encode,
+        threshold_encode,
+        encode_at,
         batch_topk_select,
         threshold_select,
         sparse_decode,

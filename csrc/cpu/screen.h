@@ -145,8 +145,9 @@ struct RowScreen {
   int32_t* indices() const { return storage.get() + capacity; }
   float* uppers() const { return reinterpret_cast<float*>(storage.get() + 2 * capacity); }
 
-  void start(int64_t wanted, int64_t n_latents) {
+  void start(int64_t wanted, int64_t n_latents, float threshold) {
     k = wanted;
+    floor = threshold;
     most = n_latents / kDenseShare;
     dense = k > most;
     if (!closed()) reserve(std::min(4 * k, n_latents) + 128);
@@ -293,9 +294,9 @@ inline void rescore(ParallelFor run, int threads, RowScreen* rows, Matrix x, Mat
 }
 
 // The best of a row's candidates, whose scores are known.
-inline void write_best(RowScreen& row, int64_t b, CodesOut out) {
+inline void write_best(RowScreen& row, int64_t b, float threshold, CodesOut out) {
   RowSelector<float> best;
-  best.start(row.keys(), row.indices(), row.k, row.size);
+  best.start(row.keys(), row.indices(), row.k, row.size, threshold);
   // In place: the selection never holds more than it has read.
   for (int64_t i = 0; i < row.size && !best.closed(); ++i) best.push_one(row.uppers()[i], row.indices()[i]);
   best.finish(static_cast<float*>(out.values) + b * out.width, out.indices + b * out.width, out.counts + b, out.width);
@@ -307,7 +308,7 @@ inline void pack_weight(ParallelFor run, const Bf16Units& units, Matrix W, int64
 }
 
 inline void screened_encode(ParallelFor run, int threads, const Bf16Units& units, Matrix x, Matrix W, const float* bias,
-                            const PackedWeight* packed, const int32_t* k, CodesOut out) {
+                            const PackedWeight* packed, const int32_t* k, float threshold, CodesOut out) {
   const int64_t F = W.rows, n_rows = x.rows;
   const auto x_panels = buffer<uint16_t>(panels_of(n_rows) * panel_size(x.cols));
   const auto x_norms = buffer<float>(panels_of(n_rows) * kBf16Rows),
@@ -321,7 +322,7 @@ inline void screened_encode(ParallelFor run, int threads, const Bf16Units& units
   for (int64_t part = 0; part < tiling.parts; ++part)
     for (int64_t r = 0; r < n_rows; ++r) {
       RowScreen& row = rows[part * n_rows + r];
-      row.start(std::clamp<int64_t>(k[r], 0, out.width), F);
+      row.start(std::clamp<int64_t>(k[r], 0, out.width), F, threshold);
       const float norm = x_norms[r] * kNormMargin + kNormFloor;
       row.norm_factor = (x_residuals[r] * kNormMargin + kNormFloor) + terms * kSumLoss * norm;
       row.residual_factor = norm + x_residuals[r] * kNormMargin;  // |x~| <= |x| + |x - x~|
@@ -378,7 +379,7 @@ inline void screened_encode(ParallelFor run, int threads, const Bf16Units& units
     rescore(run, threads, &rows[first], x, W, bias, first, n);
     parallel(run, n, 16, [&](int64_t begin, int64_t end) {
       for (int64_t r = first + begin; r < first + end; ++r)
-        if (!rows[r].dense) write_best(rows[r], r, out);
+        if (!rows[r].dense) write_best(rows[r], r, threshold, out);
     });
   }
 
@@ -387,25 +388,28 @@ inline void screened_encode(ParallelFor run, int threads, const Bf16Units& units
   for (int64_t r = 0; r < n_rows; ++r)
     if (rows[r].dense) dense[n_dense++] = r;
   if (n_dense == 0) return;
-  select_rows<float>(run, threads, DotScores<float>{x, W, bias, dense.get()}, n_dense, F, k, out, dense.get());
+  select_rows<float>(run, threads, DotScores<float>{x, W, bias, dense.get()}, n_dense, F, k, threshold, out,
+                     dense.get());
 }
 
 template <class T>
 void topk_encode(ParallelFor run, int threads, const Bf16Units* units, Matrix x, Matrix W, const void* b,
-                 const PackedWeight* packed, const int32_t* k, CodesOut out) {
+                 const PackedWeight* packed, const int32_t* k, double least, CodesOut out) {
   const T* const bias = static_cast<const T*>(b);
-  if (x.rows < kScreenRows) return select_rows<T>(run, threads, DotScores<T>{x, W, bias}, x.rows, W.rows, k, out);
+  const Acc<T> threshold = Acc<T>(least);
+  if (x.rows < kScreenRows)
+    return select_rows<T>(run, threads, DotScores<T>{x, W, bias}, x.rows, W.rows, k, threshold, out);
   if constexpr (std::is_same_v<T, float>) {
     if (units && x.cols > 0 && x.cols <= kScreenDepth)
-      return screened_encode(run, threads, *units, x, W, bias, packed, k, out);
+      return screened_encode(run, threads, *units, x, W, bias, packed, k, threshold, out);
   }
   if constexpr (std::is_same_v<T, bf16>) {
     if (units && x.cols > 0) {
       const auto x_panels = buffer<uint16_t>(panels_of(x.rows) * panel_size(x.cols));
       pack_all<T>(run, *units, x, 0, x.rows, false, x_panels.get(), nullptr, nullptr);
       const Bf16Scores<T> source(*units, x_panels.get(), x.rows, W, bias, threads);
-      return select_rows<T>(run, threads, source, x.rows, W.rows, k, out);
+      return select_rows<T>(run, threads, source, x.rows, W.rows, k, threshold, out);
     }
   }
-  select_rows<T>(run, threads, GemmScores<T>(x, W, b, threads), x.rows, W.rows, k, out);
+  select_rows<T>(run, threads, GemmScores<T>(x, W, b, threads), x.rows, W.rows, k, threshold, out);
 }

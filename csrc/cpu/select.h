@@ -101,9 +101,9 @@ struct RowSelector {
 
   static int64_t room(int64_t k, int64_t n_latents) { return std::min(2 * k + 128, n_latents + 64); }
 
-  void start(Key<A>* key_buffer, int32_t* index_buffer, int64_t wanted, int64_t room) {
+  void start(Key<A>* key_buffer, int32_t* index_buffer, int64_t wanted, int64_t room, A threshold) {
     keys = key_buffer, indices = index_buffer, k = wanted, capacity = room, size = 0, crowded = 0;
-    floor = k > 0 ? A(0) : std::numeric_limits<A>::quiet_NaN();
+    floor = k > 0 ? threshold : std::numeric_limits<A>::quiet_NaN();
   }
 
   // Nothing beats k NaNs, nor gets into a row of none.
@@ -292,18 +292,22 @@ void for_each_task(ParallelFor run, const Source& source, Tiling tiling, int64_t
   });
 }
 
-// The k[b] best scores of each row. The parts of a row are merged in order; the total order makes the result
-// independent of the split. `rows` (may be null) names the rows of k and out that the source's rows stand for.
+// The k[b] best scores of each row that are above the threshold. The parts of a row are merged in order; the total
+// order makes the result independent of the split. `rows` (may be null) names the rows of k and out that the source's
+// rows stand for.
 template <class T, class Source>
 void select_rows(ParallelFor run, int threads, const Source& source, int64_t n_rows, int64_t n_latents,
-                 const int32_t* k, CodesOut out, const int64_t* rows = nullptr) {
+                 const int32_t* k, Acc<T> threshold, CodesOut out, const int64_t* rows = nullptr) {
   using A = Acc<T>;
   const Tiling tiling = tiling_of(source, threads, n_rows, n_latents);
   const int64_t parts = tiling.parts;
   const auto wanted = [&](int64_t r) { return std::clamp<int64_t>(k[rows ? rows[r] : r], 0, out.width); };
   const auto write = [&](RowSelector<A>& row, int64_t r) {
     const int64_t b = rows ? rows[r] : r;
-    row.finish(static_cast<T*>(out.values) + b * out.width, out.indices + b * out.width, out.counts + b, out.width);
+    const auto finish = [&](auto* values) {
+      row.finish(values + b * out.width, out.indices + b * out.width, out.counts + b, out.width);
+    };
+    out.unrounded ? finish(static_cast<A*>(out.values)) : finish(static_cast<T*>(out.values));
   };
 
   // With several parts each leaves its candidates here.
@@ -322,7 +326,7 @@ void select_rows(ParallelFor run, int threads, const Source& source, int64_t n_r
               std::make_unique<RowSelector<A>[]>(task.n)};
     int64_t offset = 0;
     for (int64_t r = 0; r < task.n; offset += room(r), ++r)
-      part.rows[r].start(&part.keys[offset], &part.indices[offset], wanted(task.first + r), room(r));
+      part.rows[r].start(&part.keys[offset], &part.indices[offset], wanted(task.first + r), room(r), threshold);
     visit([&](int64_t r, const auto* scores, int64_t n, int64_t col) { part.rows[r].push(scores, n, col); });
     if (parts == 1) {
       for (int64_t r = 0; r < task.n; ++r) write(part.rows[r], task.first + r);
@@ -366,7 +370,7 @@ struct StoredScores {
 
 template <class T>
 void topk_select(ParallelFor run, int threads, Matrix pre_acts, const int32_t* k, CodesOut out) {
-  select_rows<T>(run, threads, StoredScores<T>{pre_acts}, pre_acts.rows, pre_acts.cols, k, out);
+  select_rows<T>(run, threads, StoredScores<T>{pre_acts}, pre_acts.rows, pre_acts.cols, k, Acc<T>(0), out);
 }
 
 // Writes the hits of one row, given as for_each_hit takes them; keep(i) has the last word. All are counted, those that

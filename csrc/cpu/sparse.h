@@ -145,7 +145,7 @@ void decode_mse(ParallelFor run, Codes codes, Matrix W, const void* b, Matrix ta
 }
 
 template <class T>
-void sparse_value_grad(ParallelFor run, Codes pattern, Matrix grad, Matrix W, void* out) {
+void sparse_value_grad(ParallelFor run, Codes pattern, Matrix grad, Matrix W, void* out, bool unrounded) {
   using A = Acc<T>;
   parallel(run, pattern.rows, 4, [&](int64_t begin, int64_t end) {
     alignas(64) A slice[kSlice<A>];
@@ -158,9 +158,11 @@ void sparse_value_grad(ParallelFor run, Codes pattern, Matrix grad, Matrix W, vo
         for (int64_t i = 0; i < cols; ++i) slice[i] = widen(matrix_row<T>(grad, row)[d + i]);
         add_dots<T>(code, W, d, cols, slice, sums.get());
       }
-      T* const dots = static_cast<T*>(out) + row * pattern.width;
-      for (int64_t j = 0; j < code.count; ++j) narrow(sums[j], dots[j]);
-      std::fill(dots + code.count, dots + pattern.width, T{});
+      const auto write = [&](auto* dots) {
+        for (int64_t j = 0; j < code.count; ++j) narrow(sums[j], dots[j]);
+        std::fill(dots + code.count, dots + pattern.width, std::remove_pointer_t<decltype(dots)>{});
+      };
+      unrounded ? write(static_cast<A*>(out) + row * pattern.width) : write(static_cast<T*>(out) + row * pattern.width);
     }
   });
 }

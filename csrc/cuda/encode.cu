@@ -304,8 +304,13 @@ int make_operand(Stream stream, Matrix m, int64_t stride, uint16_t* packed, Norm
 }
 
 CodesOut rows_of(CodesOut out, DType dtype, int64_t first, int64_t n) {
-  return {static_cast<char*>(out.values) + first * out.width * size_of(dtype), out.indices + first * out.width,
-          out.counts + first, n, out.width};
+  const int64_t size = size_of(out.unrounded ? DType::f32 : dtype);
+  return {static_cast<char*>(out.values) + first * out.width * size,
+          out.indices + first * out.width,
+          out.counts + first,
+          n,
+          out.width,
+          out.unrounded};
 }
 
 int select_screened(Stream stream, const ScreenScores& sink, Matrix x, Matrix W, const int32_t* k, CodesOut out,
@@ -358,8 +363,9 @@ int encode(Stream stream, DType dtype, Matrix x, Matrix W, const void* b, const 
       error = select_screened(stream, sink, chunk, W, k + first, codes, plan.unscreened);
     } else {
       const Grouping group = grouping(W.rows);
-      error = launch(stream, select_scores_kernel<T, decltype(sink)>, n, 1, kThreads, select_bytes(group.n), sink,
-                     k + first, codes, group);
+      const auto select =
+          codes.unrounded ? select_scores_kernel<float, decltype(sink)> : select_scores_kernel<T, decltype(sink)>;
+      error = launch(stream, select, n, 1, kThreads, select_bytes(group.n), sink, k + first, codes, group);
     }
     if (error) return error;
   }

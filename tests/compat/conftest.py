@@ -9,7 +9,6 @@ import warnings
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.bare_overcomplete import make_importable
 
@@ -46,22 +45,3 @@ def _unpatched() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that is made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
-@pytest.fixture
-def largest() -> type[Largest]:
-    """`with largest() as made:` tells in `made.elements` how large a tensor was made."""
-    return Largest

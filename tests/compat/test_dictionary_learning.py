@@ -9,7 +9,6 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from aksae_kernels.integrations import accelerate, deaccelerate, sparse
 from aksae_kernels.integrations.adam import FastAdam
@@ -588,35 +587,20 @@ def test_an_autoencoder_of_the_host_put_into_an_accelerated_trainer(kind):
         assert fast.update(step, inputs(ROWS)) == pytest.approx(host.update(step, inputs(ROWS)), rel=1e-6)
 
 
-class Largest(TorchDispatchMode):
-    """The largest tensor that any operation gave."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("dead", [0, 4, 20])
-def test_no_tensor_of_the_size_of_the_pre_activations(dead):
+def test_no_tensor_of_the_size_of_the_pre_activations(dead, largest):
     rows, d_in, d_sae = 128, 16, 192
-    largest = []
+    elements = []
     for made in both("topk", activation_dim=d_in, dict_size=d_sae, auxk_alpha=0.1):
         made.dead_feature_threshold = 10**6
         made.num_tokens_since_fired[:dead] = 10**6
         with torch.no_grad():
             made.ae.encoder.bias[:dead] = -0.5
-        with Largest() as mode:
+        with largest() as mode:
             made.update(1, inputs(rows, d_in=d_in))
-        largest.append(mode.numel)
-    assert largest[0] >= rows * d_sae
-    assert largest[1] < rows * d_sae
+        elements.append(mode.elements)
+    assert elements[0] >= rows * d_sae
+    assert elements[1] < rows * d_sae
 
 
 # --------------------------------------------------------------------------------------- where the host is wrong

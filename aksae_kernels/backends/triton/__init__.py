@@ -14,10 +14,10 @@ _OLDEST = (8, 0)
 
 try:
     from .adam import adam_step_
-    from .encode import topk_encode
+    from .encode import batch_topk_encode, threshold_encode, topk_encode
     from .launch import INTERPRETED
     from .select import batch_topk_select, threshold_select, topk_select
-    from .sparse import decode_mse, scatter_codes, sparse_decode, sparse_value_grad, sparse_weight_grad
+    from .sparse import decode_mse, scatter_codes, sparse_decode, sparse_encode, sparse_value_grad, sparse_weight_grad
 except ImportError as error:
     _missing: str | None = f"Triton does not load: {error}"
 else:
@@ -25,14 +25,17 @@ else:
 
 __all__ = [
     "adam_step_",
+    "batch_topk_encode",
     "batch_topk_select",
     "decode_mse",
     "describe",
     "refuse",
     "scatter_codes",
     "sparse_decode",
+    "sparse_encode",
     "sparse_value_grad",
     "sparse_weight_grad",
+    "threshold_encode",
     "threshold_select",
     "topk_encode",
     "topk_select",

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from ...codes import SparseCodes
 from ...kept import prepared
-from ...operands import empty_codes, exact_product, rows, vector
+from ...operands import above, among, empty_codes, exact_product, limits, rows, vector, whole_rows
 from . import tuning
 from .launch import launch, on_device_of_first
 from .offer import NEAR_OVERFLOW, offer_row
 from .ordering import FAILED, to_key, write_best
 from .rounding import narrow, widen
-from .select import list_capacity, select_rows
+from .select import batch_topk_select, list_capacity, select_rows, threshold_select
 from .sparse import gather_dots
 
 # The constants of the bound; n = D + 32 terms. See topk_encode.
@@ -51,6 +51,34 @@ _LEAST_LISTED = 256
 @on_device_of_first
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, k_max: int) -> SparseCodes:
     codes = empty_codes(x, k_max)
+    _encode(x, W_enc, b_enc, k, codes)
+    return codes
+
+
+@on_device_of_first
+def batch_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, budget: int, k_max: int) -> SparseCodes:
+    candidates = _candidates(x, W_enc, b_enc, k_max)
+    return among(candidates, batch_topk_select(candidates.values, budget, k_max), x.dtype)
+
+
+@on_device_of_first
+def threshold_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, k_max: int) -> SparseCodes:
+    candidates = _candidates(x, W_enc, b_enc, k_max)
+    values = above(candidates, limits(x, threshold, len(W_enc)))
+    return among(candidates, threshold_select(values, values.new_zeros(()), k_max), x.dtype)
+
+
+def _candidates(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k_max: int) -> SparseCodes:
+    """The best of each row, unrounded, in rows of a multiple of 16 slots: what selects from them is compiled for such
+    widths alone, whatever k_max."""
+    codes = empty_codes(x, triton.cdiv(k_max, 16) * 16, torch.float32)
+    _encode(x, W_enc, b_enc, whole_rows(x, k_max), codes)
+    return codes
+
+
+def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, codes: SparseCodes) -> None:
+    """Write the k best of each row; values in the dtype that they have room for."""
+    k_max = codes.indices.shape[1]
     x, W, bias, k = rows(x), rows(W_enc), vector(b_enc), k.contiguous()
     (n_rows, depth), n_latents = x.shape, W.shape[0]
     block = tuning.select(n_latents)["BLOCK"]
@@ -68,7 +96,6 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: Tensor, k_max
             _encode_screened(x[part], W, bias, k_part, codes_part, config.latents, capacity, weight)
         else:
             _encode_directly(x[part], W, bias, k_part, codes_part, config.latents, capacity)
-    return codes
 
 
 class _Lists:

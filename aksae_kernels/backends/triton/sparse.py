@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...codes import check_codes
-from ...operands import rows, vector
+from ...operands import rows, vector, with_bias
 from . import tuning
 from .launch import launch, on_device_of_first
 from .rounding import narrow, widen
@@ -108,6 +108,17 @@ def decode_mse(
 
 @on_device_of_first
 def sparse_value_grad(grad: Tensor, indices: Tensor, counts: Tensor, W: Tensor) -> Tensor:
+    return _dots(grad, indices, counts, W, grad.dtype).to(grad.dtype)
+
+
+@on_device_of_first
+def sparse_encode(x: Tensor, indices: Tensor, counts: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
+    dots = _dots(x, indices, counts, W_enc, x.dtype if b_enc is None else torch.float32)
+    return with_bias(dots, indices, counts, b_enc, x.dtype)
+
+
+def _dots(grad: Tensor, indices: Tensor, counts: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
+    """The dots in `dtype` or, where they are added up in several launches, in fp32."""
     check_codes(indices, counts, W.shape[0])
     n_rows, width = indices.shape
     n_latents, d_in = W.shape
@@ -117,7 +128,7 @@ def sparse_value_grad(grad: Tensor, indices: Tensor, counts: Tensor, W: Tensor) 
     slice_width = tuning.slice_width(n_latents, d_in, W.element_size(), config["BLOCK_D"])
     # Slices add to the dots in turn; a single one may round them at once.
     one_slice = d_in <= slice_width
-    dots = torch.zeros(n_rows, width, dtype=grad.dtype if one_slice else torch.float32, device=grad.device)
+    dots = torch.zeros(n_rows, width, dtype=dtype if one_slice else torch.float32, device=grad.device)
     for first in range(0, d_in, slice_width):
         launch(
             _value_grad_kernel,
@@ -135,7 +146,7 @@ def sparse_value_grad(grad: Tensor, indices: Tensor, counts: Tensor, W: Tensor) 
             ENTRIES=tuning.ENTRIES,
             **config.meta,
         )
-    return dots.to(grad.dtype)
+    return dots
 
 
 @on_device_of_first
