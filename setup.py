@@ -29,6 +29,7 @@ CPU_SOURCES = (
     "bind_cpu",
     "cpu/dispatch",
     "cpu/bf16_units",
+    "cpu/bf16_emulated",
     "cpu/isa_baseline",
     "cpu/isa_avx2",
     "cpu/isa_avx512",

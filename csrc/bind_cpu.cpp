@@ -5,7 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -21,7 +24,7 @@ const aksae::Cpu& cpu() {
     const char* wanted = std::getenv("AKSAE_CPU_ISA");
     const aksae::Cpu cpu = aksae::find_cpu(wanted && *wanted ? wanted : nullptr);
     STD_TORCH_CHECK(cpu.isa, "AKSAE_CPU_ISA must name an instruction set this machine has (baseline, avx2, avx512, ",
-                    "avx512_bf16, amx), got ", wanted);
+                    "avx512_bf16, amx, emulated_bf16), got ", wanted);
     return cpu;
   }();
   return found;
@@ -29,8 +32,32 @@ const aksae::Cpu& cpu() {
 
 const aksae::CpuKernels& kernels() { return *cpu().kernels; }
 
+int threads() { return int(torch::stable::get_num_threads()); }
+
+// A worker goes through a share of its own in small ranges, in order, and then helps others with theirs: one that the
+// machine holds up does not hold up all. Shares lie apart, since fresh memory comes in pages that two would both clear.
 void run_parallel(int64_t n, int64_t grain, aksae::RangeBody body, const void* closure) {
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(closure, begin, end); });
+  constexpr int64_t kRangesOfShare = 16;
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t workers = std::min<int64_t>(threads(), (n + grain - 1) / grain);
+  if (workers <= 1) {
+    if (n > 0) body(closure, 0, n);
+    return;
+  }
+  const int64_t range = std::max(grain, n / (workers * kRangesOfShare));
+  const auto shares = std::make_unique<Share[]>(workers);
+  for (int64_t w = 0; w < workers; ++w) shares[w].next = n * w / workers, shares[w].end = n * (w + 1) / workers;
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t w = first; w < last; ++w)
+      for (int64_t i = 0; i < workers; ++i) {
+        Share& share = shares[(w + i) % workers];
+        for (int64_t begin; (begin = share.next.fetch_add(range, std::memory_order_relaxed)) < share.end;)
+          body(closure, begin, std::min(share.end, begin + range));
+      }
+  });
 }
 
 aksae::DType dtype_of(const Tensor& t) {
@@ -108,8 +135,6 @@ const int32_t* row_k(const Tensor& k, int64_t rows) {
   check(k, "k", ScalarType::Int, {rows});
   return static_cast<const int32_t*>(k.data_ptr());
 }
-
-int threads() { return int(torch::stable::get_num_threads()); }
 
 void topk_select(const Tensor& pre_acts, const Tensor& k, const Tensor& values, const Tensor& indices,
                  const Tensor& counts) {

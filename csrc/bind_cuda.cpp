@@ -150,11 +150,11 @@ void topk_encode(const Tensor& x, const Tensor& W_enc, const std::optional<Tenso
   STD_TORCH_CHECK(rows.cols == weight.cols, "aksae_cuda: x and W_enc must have the same number of columns");
   const bool is_unrounded = values.scalar_type() != x.scalar_type();
   const Tensor workspace = call.workspace(aksae::topk_encode_workspace(call.dtype(), rows, weight));
-  check_launch(aksae::launch_topk_encode(call.stream(), call.dtype(), rows, weight,
-                                         call.vector(b_enc, "b_enc", weight.rows), call.row_k(k, rows.rows),
-                                         call.codes_out(values, indices, counts, rows.rows, is_unrounded),
-                                         workspace.data_ptr()),
-               "topk_encode");
+  check_launch(
+      aksae::launch_topk_encode(call.stream(), call.dtype(), rows, weight, call.vector(b_enc, "b_enc", weight.rows),
+                                call.row_k(k, rows.rows),
+                                call.codes_out(values, indices, counts, rows.rows, is_unrounded), workspace.data_ptr()),
+      "topk_encode");
 }
 
 void batch_topk_select(const Tensor& pre_acts, int64_t budget, const Tensor& values, const Tensor& indices,

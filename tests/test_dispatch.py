@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import aksae_kernels
 from aksae_kernels import (
     available_backends,
+    batch_topk_encode,
     batch_topk_select,
     decode_mse,
     explain,
@@ -25,6 +26,7 @@ from aksae_kernels import (
     sparse_encode,
     sparse_value_grad,
     sparse_weight_grad,
+    threshold_encode,
     threshold_select,
     topk_encode,
     topk_select,
@@ -42,6 +44,7 @@ CPU_FLAGS = {
     "avx512": AVX512,
     "avx512_bf16": (*AVX512, "avx512_bf16"),
     "amx": (*AVX512, "avx512_bf16", "amx_tile", "amx_bf16"),
+    "emulated_bf16": (),
 }
 
 
@@ -75,6 +78,8 @@ def every_call(dtype=torch.float32) -> dict:
     return {
         "topk_select": (topk_select, (x, 3), {}),
         "topk_encode": (topk_encode, (x, W, b), {"k": 3}),
+        "batch_topk_encode": (batch_topk_encode, (x, W, b), {"budget": 9, "k_max": 3}),
+        "threshold_encode": (threshold_encode, (x, W, b), {"threshold": 0.5, "k_max": 3}),
         "batch_topk_select": (batch_topk_select, (x, 9), {}),
         "threshold_select": (threshold_select, (x, 0.5), {}),
         "sparse_decode": (sparse_decode, (codes, W), {}),

@@ -18,7 +18,7 @@ from aksae_kernels import available_backends, topk_encode, use_backend
 from aksae_kernels.testing import check_codes, encode_scores
 
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]  # x, W, b, k
-BF16_UNITS = ("amx", "avx512_bf16")
+BF16_UNITS = ("amx", "avx512_bf16", "emulated_bf16")
 PLAIN = ("baseline", "avx2", "avx512")
 # Whose results pass fp32's range, where the contract's relative bound says nothing.
 BEYOND_FP32 = ("tiny", "huge", "scales of latents", "specials")

@@ -37,6 +37,9 @@ struct Bf16Units {
                    int64_t stride, const char* ahead, int64_t ahead_bytes);
 };
 
+// In plain C++, for tests on a machine without units. It runs only where it is asked for by name.
+extern const Bf16Units emulated_bf16_units;
+
 #if defined(__x86_64__)
 extern const Bf16Units amx_units, avx512_bf16_units;
 #endif

@@ -21,6 +21,8 @@ extern const CpuKernels table;
 
 Cpu find_cpu(const char* wanted) {
   const auto picks = [&](const char* isa) { return !wanted || !std::strcmp(wanted, isa); };
+  if (wanted && picks(emulated_bf16_units.isa))
+    return {emulated_bf16_units.isa, &baseline::table, &emulated_bf16_units};
 #if defined(__x86_64__)
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");

@@ -27,6 +27,11 @@ constexpr int64_t kScreenDepth = int64_t(1) << 17;
 // With fewer rows the product waits for W, and reading it once in fp32 is all there is to do.
 constexpr int64_t kScreenRows = 16;
 
+// The least rows of a block of the screen that is there to share the work evenly: they read a tile of W from the cache.
+constexpr int64_t kEvenRows = 128;
+// Numbers of W that are packed before rows are screened with them: each time the threads wait for each other.
+constexpr int64_t kPackedAtOnce = int64_t(1) << 22;
+
 // Of that many rows kDotDepth columns are 1.5 MB, and stay in the second-level cache.
 constexpr int64_t kRescoredRows = 512;
 
@@ -74,6 +79,9 @@ struct Bf16Scores {
     const int64_t fit = std::clamp<int64_t>((int64_t(1) << 19) / std::max<int64_t>(1, W.cols), 2, 16) * panel_rows;
     const int64_t share = (n_rows + threads - 1) / threads, rounds = std::max<int64_t>(1, (share + fit - 1) / fit);
     block_rows = std::max(panel_rows, round_up((share + rounds - 1) / rounds, panel_rows));
+    // Latents that are packed already cost a short block nothing.
+    if (std::is_same_v<T, float> && threads > 1)
+      block_rows = std::max(std::min(block_rows, kEvenRows), round_up(block_rows / kTasksOfThread, panel_rows));
     tile_cols = W.cols <= 1024 ? 512 : 128;
   }
 
@@ -248,7 +256,7 @@ inline void rescore(ParallelFor run, int threads, RowScreen* rows, Matrix x, Mat
     const float* x;
     float* score;
   };
-  const int64_t tasks = std::min<int64_t>(W.rows, 2 * threads);
+  const int64_t tasks = std::min<int64_t>(W.rows, kTasksOfThread * threads);
   parallel(run, tasks, 1, [&](int64_t begin, int64_t end) {
     const int64_t from = W.rows * begin / tasks, to = W.rows * end / tasks;
     // Candidates in the order of the latents: counted two places up, so that filling leaves begin_of[f] where it
@@ -316,7 +324,7 @@ inline void screened_encode(ParallelFor run, int threads, const Bf16Units& units
   pack_all<float>(run, units, x, 0, n_rows, false, x_panels.get(), x_norms.get(), x_residuals.get());
 
   Bf16Scores<float> source(units, x_panels.get(), n_rows, W, nullptr, threads);
-  const Tiling tiling = tiling_of(source, threads, n_rows, F);
+  const Tiling tiling = tiling_of(source, threads, n_rows, F, false);
   const auto rows = std::make_unique<RowScreen[]>(n_rows * tiling.parts);  // [part][row]
   const float terms = float(x.cols + 32);
   for (int64_t part = 0; part < tiling.parts; ++part)
@@ -332,10 +340,9 @@ inline void screened_encode(ParallelFor run, int threads, const Bf16Units& units
   const int64_t room = round_up(F, 64);
   LatentBounds latents{buffer<float>(room), buffer<float>(room), buffer<float>(room), buffer<float>(room)};
   const int64_t chunk =
-      packed
-          ? F
-          : std::min(F, std::max<int64_t>(source.tile_cols, round_up((int64_t(1) << 20) / std::max<int64_t>(1, W.cols),
-                                                                     source.tile_cols)));
+      packed ? F
+             : std::min(F, std::max<int64_t>(source.tile_cols,
+                                             round_up(kPackedAtOnce / std::max<int64_t>(1, W.cols), source.tile_cols)));
   const auto chunk_panels = buffer<uint16_t>(packed ? 0 : panels_of(chunk) * panel_size(W.cols));
   for (int64_t first = 0; first < F; first += chunk) {
     const int64_t n = std::min(chunk, F - first);

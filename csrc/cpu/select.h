@@ -106,6 +106,11 @@ struct RowSelector {
     floor = k > 0 ? threshold : std::numeric_limits<A>::quiet_NaN();
   }
 
+  // Takes up the floor of an earlier part of the same row.
+  void raise(A more) {
+    if (!closed() && !(more <= floor)) floor = more;
+  }
+
   // Nothing beats k NaNs, nor gets into a row of none.
   bool closed() const { return floor != floor; }
 
@@ -248,7 +253,8 @@ struct RowSelector {
 //   load(scratch, col, n)               start the columns [col, col + n) of it
 //   multiply(scratch, r, n)             make their scores in rows [r, r + n) of the block, at most panel_rows, ready
 //   row(scratch, r)                     pointer to those of row r
-// Where there are fewer blocks than threads, the columns are split as well, in parts.
+// The columns are split as well, in parts, where blocks are so few that a thread which the machine holds up would leave
+// the others without work.
 struct Task {
   int64_t first, n, part;  // rows [first, first + n)
 };
@@ -256,27 +262,34 @@ struct Tiling {
   int64_t blocks, parts;
 };
 
+// Tasks that a thread should find, and the least columns of one that is there to share the work evenly.
+constexpr int64_t kTasksOfThread = 4, kEvenCols = 2048;
+
 template <class Source>
-Tiling tiling_of(const Source& source, int threads, int64_t n_rows, int64_t n_latents) {
+Tiling tiling_of(const Source& source, int threads, int64_t n_rows, int64_t n_latents, bool even) {
   const int64_t blocks = (n_rows + source.block_rows - 1) / source.block_rows;
   const int64_t tiles = (n_latents + source.tile_cols - 1) / source.tile_cols;
-  return {blocks, std::max<int64_t>(1, std::min<int64_t>(tiles, blocks ? threads / blocks : 1))};
+  if (blocks == 0 || threads == 1) return {blocks, 1};
+  const int64_t busy = std::min<int64_t>(tiles, threads / blocks);
+  const int64_t evenly = std::min<int64_t>(n_latents / kEvenCols, kTasksOfThread * threads / blocks);
+  return {blocks, std::max<int64_t>({1, busy, even ? evenly : 1})};
 }
 
 // Calls body(task, visit) for every task over latents [first_latent, last_latent), on several threads; visit(push)
-// calls push(r, scores, n, col) for every piece of every row of the task, columns ascending within a row.
+// calls push(r, scores, n, col) for every piece of every row of the task, columns ascending within a row. Of a block
+// the parts are taken in order.
 template <class Source, class Body>
 void for_each_task(ParallelFor run, const Source& source, Tiling tiling, int64_t n_rows, int64_t first_latent,
                    int64_t last_latent, const Body& body) {
-  const int64_t tile = source.tile_cols, tiles = (last_latent - first_latent + tile - 1) / tile, parts = tiling.parts;
-  parallel(run, tiling.blocks * parts, 1, [&](int64_t begin, int64_t end) {
+  const int64_t tile = source.tile_cols, tiles = (last_latent - first_latent + tile - 1) / tile;
+  parallel(run, tiling.blocks * tiling.parts, 1, [&](int64_t begin, int64_t end) {
     auto scratch = source.scratch();
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t first = t / parts * source.block_rows;
-      const Task task{first, std::min<int64_t>(source.block_rows, n_rows - first), t % parts};
+      const int64_t first = t / tiling.parts * source.block_rows, part = t % tiling.parts;
+      const Task task{first, std::min<int64_t>(source.block_rows, n_rows - first), part};
       body(task, [&](const auto& push) {
-        const int64_t from = first_latent + tiles * task.part / parts * tile;
-        const int64_t to = std::min(last_latent, first_latent + tiles * (task.part + 1) / parts * tile);
+        const int64_t from = first_latent + tiles * part / tiling.parts * tile;
+        const int64_t to = std::min(last_latent, first_latent + tiles * (part + 1) / tiling.parts * tile);
         source.open(scratch, task.first, task.n);
         for (int64_t col = from; col < to; col += tile) {
           const int64_t cols = std::min<int64_t>(tile, to - col);
@@ -299,7 +312,7 @@ template <class T, class Source>
 void select_rows(ParallelFor run, int threads, const Source& source, int64_t n_rows, int64_t n_latents,
                  const int32_t* k, Acc<T> threshold, CodesOut out, const int64_t* rows = nullptr) {
   using A = Acc<T>;
-  const Tiling tiling = tiling_of(source, threads, n_rows, n_latents);
+  const Tiling tiling = tiling_of(source, threads, n_rows, n_latents, true);
   const int64_t parts = tiling.parts;
   const auto wanted = [&](int64_t r) { return std::clamp<int64_t>(k[rows ? rows[r] : r], 0, out.width); };
   const auto write = [&](RowSelector<A>& row, int64_t r) {
@@ -310,39 +323,67 @@ void select_rows(ParallelFor run, int threads, const Source& source, int64_t n_r
     out.unrounded ? finish(static_cast<A*>(out.values)) : finish(static_cast<T*>(out.values));
   };
 
-  // With several parts each leaves its candidates here.
+  // With several parts each leaves its candidates here, and the floor of its rows: what is not above the floor of a
+  // part before it cannot win, not even by a tie.
   struct Part {
     std::unique_ptr<Key<A>[]> keys;
     std::unique_ptr<int32_t[]> indices;
-    std::unique_ptr<RowSelector<A>[]> rows;
+    std::unique_ptr<int64_t[]> first;  // candidates of row r: [first[r], first[r + 1])
+    std::unique_ptr<A[]> floors;
+    std::atomic<bool> done = false;
   };
-  const auto unfinished = std::make_unique<Part[]>(parts > 1 ? tiling.blocks * parts : 0);
+  const auto left = std::make_unique<Part[]>(parts > 1 ? tiling.blocks * parts : 0);
+  const auto part_of = [&](int64_t r, int64_t p) -> Part& { return left[r / source.block_rows * parts + p]; };
 
   for_each_task(run, source, tiling, n_rows, 0, n_latents, [&](Task task, const auto& visit) {
     const auto room = [&](int64_t r) { return RowSelector<A>::room(wanted(task.first + r), n_latents); };
     int64_t total = 0;
     for (int64_t r = 0; r < task.n; ++r) total += room(r);
-    Part part{std::make_unique_for_overwrite<Key<A>[]>(total), std::make_unique_for_overwrite<int32_t[]>(total),
-              std::make_unique<RowSelector<A>[]>(task.n)};
+    const auto keys = std::make_unique_for_overwrite<Key<A>[]>(total);
+    const auto indices = std::make_unique_for_overwrite<int32_t[]>(total);
+    const auto selectors = std::make_unique<RowSelector<A>[]>(task.n);
     int64_t offset = 0;
     for (int64_t r = 0; r < task.n; offset += room(r), ++r)
-      part.rows[r].start(&part.keys[offset], &part.indices[offset], wanted(task.first + r), room(r), threshold);
-    visit([&](int64_t r, const auto* scores, int64_t n, int64_t col) { part.rows[r].push(scores, n, col); });
-    if (parts == 1) {
-      for (int64_t r = 0; r < task.n; ++r) write(part.rows[r], task.first + r);
-    } else {
-      for (int64_t r = 0; r < task.n; ++r) part.rows[r].compact();
-      unfinished[task.first / source.block_rows * parts + task.part] = std::move(part);
+      selectors[r].start(&keys[offset], &indices[offset], wanted(task.first + r), room(r), threshold);
+    for (int64_t p = task.part; p-- > 0;) {
+      const Part& before = part_of(task.first, p);
+      if (!before.done.load(std::memory_order_acquire)) continue;
+      for (int64_t r = 0; r < task.n; ++r) selectors[r].raise(before.floors[r]);
+      break;
     }
+    visit([&](int64_t r, const auto* scores, int64_t n, int64_t col) { selectors[r].push(scores, n, col); });
+    if (parts == 1) {
+      for (int64_t r = 0; r < task.n; ++r) write(selectors[r], task.first + r);
+      return;
+    }
+    Part& part = part_of(task.first, task.part);
+    part.first = std::make_unique<int64_t[]>(task.n + 1);
+    part.floors = std::make_unique_for_overwrite<A[]>(task.n);
+    for (int64_t r = 0; r < task.n; ++r) {
+      selectors[r].compact();
+      part.first[r + 1] = part.first[r] + selectors[r].size;
+      part.floors[r] = selectors[r].floor;
+    }
+    part.keys = std::make_unique_for_overwrite<Key<A>[]>(part.first[task.n]);
+    part.indices = std::make_unique_for_overwrite<int32_t[]>(part.first[task.n]);
+    for (int64_t r = 0; r < task.n; ++r) {
+      std::copy_n(selectors[r].keys, selectors[r].size, &part.keys[part.first[r]]);
+      std::copy_n(selectors[r].indices, selectors[r].size, &part.indices[part.first[r]]);
+    }
+    part.done.store(true, std::memory_order_release);
   });
   if (parts == 1) return;
   parallel(run, n_rows, 16, [&](int64_t begin, int64_t end) {
+    const int64_t most = RowSelector<A>::room(out.width, n_latents);
+    const auto keys = std::make_unique_for_overwrite<Key<A>[]>(most);
+    const auto indices = std::make_unique_for_overwrite<int32_t[]>(most);
     for (int64_t r = begin; r < end; ++r) {
-      Part* const row_parts = &unfinished[r / source.block_rows * parts];
-      RowSelector<A>& merged = row_parts[0].rows[r % source.block_rows];
-      for (int64_t p = 1; p < parts; ++p) {
-        const RowSelector<A>& more = row_parts[p].rows[r % source.block_rows];
-        merged.push_candidates(more.keys, more.indices, more.size);
+      RowSelector<A> merged;
+      merged.start(keys.get(), indices.get(), wanted(r), most, threshold);
+      for (int64_t p = 0; p < parts; ++p) {
+        const Part& part = part_of(r, p);
+        const int64_t first = part.first[r % source.block_rows], last = part.first[r % source.block_rows + 1];
+        merged.push_candidates(&part.keys[first], &part.indices[first], last - first);
       }
       write(merged, r);
     }
