@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .codes import acc_dtype
-from .ops import adam_step
+from .codes import SparseCodes, acc_dtype
+from .ops import adam_step, sparse_value_grad
 
 # What `torch.optim.Adam` can do besides, at the values where both are one algorithm. A group has them too, so that
 # either optimizer reads the other's state.
@@ -172,13 +172,20 @@ class SAEAdam(torch.optim.Optimizer):
                 square = torch.linalg.vector_norm(param.grad, dtype=acc).square()
                 if group["unit_norm_rows"]:
                     # |g - <g, w> w|^2 = |g|^2 - <g, w>^2 (2 - |w|^2), also where |w| is only about 1.
-                    along = torch.linalg.vecdot(param.grad.to(acc), param.to(acc))
+                    along = _row_dots(param.grad.to(acc), param.to(acc))
                     length = torch.linalg.vector_norm(param, dim=-1, dtype=acc)
                     square = (square - (along.square() * (2 - length.square())).sum()).clamp(min=0)
                 squares.append(square)
         if not squares:
             return torch.zeros((), device="cpu")
         return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+
+
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """`<a[f], b[f]>`, `[F]`, without a product `[F, D]` in memory: each row is the one latent of its own code."""
+    index = torch.arange(len(a), dtype=torch.int32, device=a.device).unsqueeze(-1)
+    codes = SparseCodes(a.new_zeros(index.shape), index, torch.ones_like(index[:, 0]))
+    return sparse_value_grad(a, codes, b).squeeze(-1)
 
 
 def _require_plain(group: dict) -> None:
