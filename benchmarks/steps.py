@@ -47,12 +47,12 @@ class OurStep:
     def __init__(self, W: Tensor, k: Tensor, max_grad_norm: float | None = None):
         # Other measurements need nothing of what the training package does.
         try:
-            from aksae import AdaptiveKSAE, SAEConfig
+            from aksae import SAE, SAEConfig, TopK
         except ImportError as error:
             raise NotMeasured(str(error)) from None
         self.k, self.width = k, int(k.max())
         with W.device:
-            self.sae = AdaptiveKSAE(SAEConfig(d_in=W.shape[1], d_sae=W.shape[0], k=self.width)).to(W.dtype)
+            self.sae = SAE(SAEConfig(W.shape[1], W.shape[0], TopK(self.width))).to(W.dtype)
         self.sae.load_state_dict({"W_enc": W, "W_dec": W}, strict=False)
         sae = self.sae
         groups = [{"params": [sae.W_enc, sae.b_enc, sae.b_dec]}, {"params": [sae.W_dec], "unit_norm_rows": True}]

@@ -7,13 +7,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from aksae import AdaptiveKSAE, SAEConfig
+from aksae import AdaptiveK, AdaptiveKSAE, KMap, SAEConfig
 from aksae.hosts.latent_cache import LatentCache
 from safetensors.torch import load_file
 
 D, F, BATCH, SEQ = 64, 16384, 8, 128
 torch.manual_seed(0)
-sae = AdaptiveKSAE(SAEConfig(D, F, k_min=20, k_max=320))
+sae = AdaptiveKSAE(SAEConfig(D, F, AdaptiveK(KMap(k_min=20, k_max=320))))
 sae.probe.weight.data.normal_(std=0.25)
 sae.probe.bias.data.fill_(5.0)
 embedding = torch.randn(500, D)

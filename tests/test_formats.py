@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from aksae import AdaptiveKSAE, SAEConfig, UserError, cli, formats
+from aksae import SAE, AdaptiveKSAE, FitConfig, KMap, SAEConfig, TopK, UserError, cli, fit, formats, selections
+from aksae.config import to_dict
 from aksae.formats import FORMATS, WRITTEN, StoredSAE
 from aksae.formats.stored import AdaptiveK, JumpReLU
 from aksae.k_policy import score_to_k
@@ -80,6 +81,10 @@ ADAPTIVE_HOSTS = {"native", "adaptivek", "sae_lens", "dictionary_learning"}
 THRESHOLD_HOSTS = {"sae_lens", "dictionary_learning", "llamascopium"}
 
 
+def selection_for(k: int | None, k_max: int = 12) -> selections.Selection:
+    return TopK(k) if k is not None else selections.AdaptiveK(KMap(k_min=1, k_max=k_max))
+
+
 @sample
 def native_adaptive():
     W_enc, b_enc, W_dec, b_dec = weights()
@@ -99,7 +104,7 @@ def native_adaptive():
         "probe.weight": weight,
         "probe.bias": bias,
     }
-    files = {"config.json": dataclasses.asdict(config), "sae.safetensors": tensors}
+    files = {"config.json": to_dict(config), "sae.safetensors": tensors}
     return Sample("native", files, lambda x: latents(x) @ W_dec + b_dec, latents, ADAPTIVE_HOSTS - {"native"})
 
 
@@ -108,7 +113,7 @@ def native_topk():
     W_enc, b_enc, W_dec, b_dec = weights()
     tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
     latents = lambda x: topk(F.linear(x - b_dec, W_enc, b_enc).relu(), K)
-    files = {"config.json": dataclasses.asdict(SAEConfig(D_IN, D_SAE, k=K)), "sae.safetensors": tensors}
+    files = {"config.json": to_dict(SAEConfig(D_IN, D_SAE, TopK(K))), "sae.safetensors": tensors}
     return Sample("native", files, lambda x: latents(x) @ W_dec + b_dec, latents, TOPK_HOSTS - {"native"})
 
 
@@ -801,7 +806,7 @@ def activation_bits(sae: StoredSAE) -> tuple:
     if isinstance(activation, AdaptiveK):
         k_map = ("k_min", "k_max", "steepness", "score_min", "score_max")
         numbers = (parameter.tolist() for parameter in activation.probe.parameters())
-        return *(getattr(activation.config, name) for name in k_map), *numbers
+        return *(getattr(activation.selection.k_map, name) for name in k_map), *numbers
     return str(activation), activation.threshold.tolist() if isinstance(activation, JumpReLU) else None
 
 
@@ -918,15 +923,16 @@ def changed(files: dict[str, Any], *keys: str, **values: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
+    ("keys", "values", "message"),
     [
-        ("steepness", 4.0, "steepness: got 4, needs 6"),
-        ("score_max", 5.0, "score_max: got 5, needs 10"),
-        ("probe_reads", "mean", "adaptivek: probe_reads: got mean, needs last or token"),
+        (["k_map"], {"steepness": 4.0}, "steepness: got 4, needs 6"),
+        (["k_map"], {"score_max": 5.0}, "score_max: got 5, needs 10"),
+        ([], {"probe": "mean"}, "adaptivek: probe_reads: got mean, needs last or token"),
     ],
 )
-def test_what_the_adaptivek_authors_cannot_say(tmp_path, field, value, message):
-    sae = formats.load(put(tmp_path / "a", changed(native_adaptive().files, "config.json", **{field: value})))
+def test_what_the_adaptivek_authors_cannot_say(tmp_path, keys, values, message):
+    files = changed(native_adaptive().files, "config.json", "selection", *keys, **values)
+    sae = formats.load(put(tmp_path / "a", files))
     with pytest.raises(UserError, match=message):
         formats.save(sae, tmp_path / "b", "adaptivek")
 
@@ -945,7 +951,7 @@ def test_what_adaptivek_files_leave_open_may_be_given(tmp_path):
         "assumed, since the files do not say: score_min = 0, score_max = 10, probe_reads = last "
         "(other values: --score-min, --score-max, --probe-reads)",
     )
-    assert assumed.activation.config == SAEConfig(D_IN, D_SAE, k_min=1, k_max=12, steepness=4.0)
+    assert assumed.activation.selection == selections.AdaptiveK(KMap(k_min=1, k_max=12, steepness=4.0))
     with pytest.raises(UserError, match="steepness: got it for native, needs adaptivek"):
         formats.load(tmp_path / "b", steepness=4.0)
 
@@ -972,7 +978,7 @@ def test_what_may_not_be_given(tmp_path, given, message):
     with pytest.raises(UserError, match=message):
         formats.load(put(tmp_path / "a", adaptivek().files), **given)
     with pytest.raises(UserError, match=message):
-        AdaptiveKSAE(SAEConfig(D_IN, D_SAE, k=K, **given))
+        AdaptiveKSAE(SAEConfig(D_IN, D_SAE, k_max=K, k_min=1, **given))
 
 
 def test_the_reshaping_of_hook_z_is_left_to_the_caller(tmp_path):
@@ -989,7 +995,7 @@ def test_the_reshaping_of_hook_z_is_left_to_the_caller(tmp_path):
 
 @pytest.mark.parametrize("k", [None, K])
 def test_models_of_this_project_are_saved_and_read(tmp_path, k):
-    model = AdaptiveKSAE(SAEConfig(D_IN, D_SAE, k=k, k_min=1, k_max=12), generator=torch.Generator().manual_seed(0))
+    model = AdaptiveKSAE(SAEConfig(D_IN, D_SAE, selection_for(k)), generator=torch.Generator().manual_seed(0))
     x = X.float()
     with torch.no_grad():
         model.b_dec.copy_(randn(D_IN, seed=4))
@@ -1007,6 +1013,25 @@ def test_models_of_this_project_are_saved_and_read(tmp_path, k):
         formats.save(formats.load(tmp_path / "c"), tmp_path / "d")
         returned = AdaptiveKSAE.from_pretrained(tmp_path / "d")
         assert all(map(torch.equal, returned.parameters(), model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"d_out": D_IN}, {"d_out": D_OUT, "skip": True}],
+    ids=["autoencoder", "transcoder", "transcoder that skips"],
+)
+def test_models_of_scaled_activations_are_read(tmp_path, fields):
+    output_scale = 0.25 if fields else 2.0
+    config = SAEConfig(D_IN, D_SAE, TopK(K), input_scale=2.0, output_scale=output_scale, **fields)
+    model = AdaptiveKSAE(config, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        for seed, parameter in enumerate(model.parameters()):
+            parameter.copy_(randn(*parameter.shape, seed=seed))
+        formats.save(model, tmp_path / "a")
+        torch.testing.assert_close(formats.load(tmp_path / "a")(X.double()), model(X.double()))
+        if not fields:
+            formats.save(model, tmp_path / "b", "sparsify")
+            torch.testing.assert_close(formats.load(tmp_path / "b")(X.double()), model(X.double()))
 
 
 def test_an_edited_sae_is_written_as_edited(tmp_path):
@@ -1136,7 +1161,7 @@ FP16 = torch.zeros(D_IN, dtype=torch.float16)
         (native_topk, ["sae.safetensors"], {"b_dec": FP16}, "tensor b_dec: got torch.float16, needs torch.float64"),
         (native_topk, ["sae.safetensors"], {"new": FP16}, "tensor new: got one, needs none"),
         (native_topk, ["config.json"], {"d_sae": 41}, "tensor W_enc: got shape [40, 12], needs [41, 12]"),
-        (native_topk, ["config.json"], {"k": 41}, "k: got 41, needs a number from 0 to d_sae = 40"),
+        (native_topk, ["config.json", "selection"], {"k": 41}, "k: got 41, needs a number from 0 to d_sae = 40"),
         (adaptivek, ["dynamic_config.json"], {"min_k": None}, "dynamic_config.json: min_k: got none, needs int"),
         (adaptivek, ["dynamic_config.json"], {"dict_size": 7}, "dict_size: got 7, needs 40, what the tensors have"),
         (adaptivek, ["probe.pt"], {"weights": None}, "probe.pt: tensor weights: got none"),
@@ -1916,7 +1941,7 @@ def test_a_disk_that_refuses_leaves_the_old_sae(tmp_path, target, file):
 
 @pytest.mark.parametrize("k", [None, K])
 def test_a_model_is_replaced_as_a_whole(tmp_path, monkeypatch, k):
-    first, second = (AdaptiveKSAE(SAEConfig(D_IN, D_SAE, k=k, k_min=1, k_max=k_max)) for k_max in (12, 13))
+    first, second = (AdaptiveKSAE(SAEConfig(D_IN, D_SAE, selection_for(k, k_max))) for k_max in (12, 13))
     first.save_pretrained(tmp_path)
     before = contents(tmp_path)
 
@@ -2006,3 +2031,75 @@ def test_a_destination_that_is_gone(tmp_path, monkeypatch, capsys):
 def json_copy(files: dict[str, Any]) -> dict[str, Any]:
     """A copy of the nested dictionaries; tensors are shared."""
     return {name: json_copy(item) if isinstance(item, dict) else item for name, item in files.items()}
+
+
+# ------------------------------------------------------------------------------------------- what fit has trained
+
+
+BATCH_TOPK = selections.BatchTopK(K, k_max=D_SAE)
+TRAINED = {
+    "TopK": selections.TopK(K),
+    "BatchTopK": BATCH_TOPK,
+    "JumpReLU": selections.JumpReLU(K, k_max=D_SAE),
+    "Matryoshka": selections.Matryoshka(BATCH_TOPK, (10, D_SAE)),
+    "AdaptiveK": selections.AdaptiveK(KMap(1, 12), "token"),
+}
+SHAPES = {
+    "SAE": {},
+    "transcoder": {"d_out": D_IN},
+    "skip transcoder": {"d_out": D_IN, "skip": True},
+    "transcoder of another width": {"d_out": D_OUT},
+}
+# By shape, the formats that hold a TopK, a thresholded (BatchTopK, JumpReLU, Matryoshka) and an AdaptiveK SAE.
+HELD = {
+    "SAE": (
+        {"native", "sparsify", "sae_lens", "dictionary_learning", "llamascopium"},
+        {"native", "sae_lens", "dictionary_learning", "llamascopium"},
+        {"native", "adaptivek", "sae_lens", "dictionary_learning"},
+    ),
+    "transcoder": (
+        {"native", "sparsify", "llamascopium"},
+        {"native", "sae_lens", "llamascopium", "circuit_tracer"},
+        {"native"},
+    ),
+    "skip transcoder": ({"native", "sparsify"}, {"native", "sae_lens", "circuit_tracer"}, {"native"}),
+    "transcoder of another width": ({"native"}, {"native", "sae_lens"}, {"native"}),
+}
+
+
+def trained(selection: selections.Selection, **shape: Any) -> SAE:
+    """An SAE after a few steps on normalised activations, so that its scales are not 1, nor its biases 0."""
+    sae = SAE(SAEConfig(D_IN, D_SAE, selection, **shape), generator=torch.Generator().manual_seed(0)).double()
+    if sae.probe is not None:
+        with torch.no_grad():
+            sae.probe.weight.copy_(randn(D_IN, seed=8) / 3)
+            sae.probe.bias.fill_(5)
+    x = 3 * randn(64, D_IN, seed=9) + 1
+    target = x @ randn(D_IN, shape["d_out"], seed=10) * 2 if shape else None
+    fit(sae, [x if target is None else (x, target)], FitConfig(steps=20, lr=1e-2, normalize="mean-norm"))
+    return sae
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_was_trained_reconstructs_the_same_from_every_format(tmp_path, name, shape):
+    sae = trained(TRAINED[name], **SHAPES[shape])
+    assert sae.config.input_scale != 1
+    if shape != "SAE":
+        assert sae.config.input_scale != sae.config.output_scale
+    x = 3 * randn(50, D_IN, seed=11) + 1
+    expected, held, refusals = sae(x), set(), []
+    for format in WRITTEN:
+        path = tmp_path / (format + {"openai": ".pt", "circuit_tracer": ".safetensors"}.get(format, ""))
+        try:
+            notes = formats.save(sae, path, format)
+        except UserError as error:
+            refusals.append((format, path, str(error)))
+            continue
+        held.add(format)
+        torch.testing.assert_close(formats.load(path, format)(x), expected)
+        assert format == "native" or any("scale" in note for note in notes)
+    for format, path, message in refusals:
+        assert re.match(rf"{format}: .*got .*, needs ", message), message
+        assert not path.exists()
+    assert held == HELD[shape][{"TopK": 0, "AdaptiveK": 2}.get(name, 1)]

@@ -73,10 +73,10 @@ def test_traces_without_a_graph_break_and_maps_nan_to_k_min():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"k_min": 30, "k_max": 20}, "k_max: got 20, needs at least k_min = 30"),
+        ({"k_min": 30, "k_max": 20}, "k_min: got 30, needs at most k_max = 20"),
         ({"k_min": -1}, "k_min: got -1"),
         ({"k_max": 2**31}, "k_max: got 2147483648"),
-        ({"score_min": 10.0}, "score_max: got 10.0"),
+        ({"score_min": 10.0}, "score_min: got 10.0"),
         ({"score_min": math.nan}, "score_min: got nan"),
         ({"steepness": math.inf}, "steepness: got inf"),
     ],

@@ -9,7 +9,7 @@ import re
 import pytest
 import safetensors.torch
 import torch
-from aksae import AdaptiveKSAE, SAEConfig, UserError
+from aksae import AdaptiveK, AdaptiveKSAE, KMap, SAEConfig, TopK, UserError
 from aksae.k_policy import score_to_k
 from aksae.sae import geometric_median
 from safetensors import SafetensorError
@@ -17,7 +17,10 @@ from safetensors import SafetensorError
 
 def make_sae(*, k=None, d_in=6, d_sae=20, dtype=torch.float64, **fields) -> AdaptiveKSAE:
     generator = torch.Generator().manual_seed(1)
-    config = SAEConfig(d_in, d_sae, k=k, **{"k_min": 1, "k_max": 8, "probe_lambda": 3.0, **fields})
+    if k is not None:
+        config = SAEConfig(d_in, d_sae, TopK(k))
+    else:
+        config = SAEConfig(d_in, d_sae, **{"k_min": 1, "k_max": 8, "probe_lambda": 3.0, **fields})
     sae = AdaptiveKSAE(config, generator=generator).to(dtype)
     with torch.no_grad():
         sae.b_enc.normal_(generator=generator)
@@ -112,10 +115,10 @@ def test_initialisation():
     assert torch.equal(sae.W_dec, same.W_dec)
 
     x = randn(5, 20, 6, dtype=torch.float32)
-    sae.initialize_from(x)
+    sae.start(x)
     torch.testing.assert_close(sae.b_dec.detach(), geometric_median(x.reshape(-1, 6)))
     with pytest.raises(UserError, match="x: got no rows, needs at least one"):
-        sae.initialize_from(x[:0])
+        sae.start(x[:0])
 
 
 def test_geometric_median_minimises_the_sum_of_distances():
@@ -149,6 +152,29 @@ def test_geometric_median_of_repeated_rows(rows):
 def test_config_out_of_range(fields, message):
     with pytest.raises(UserError, match=re.escape(message)):
         make_sae(**fields)
+
+
+@pytest.mark.parametrize("k", [None, 5])
+def test_checkpoints_of_version_0_1_load(tmp_path, k):
+    sae = make_sae(k=k, probe_lambda=3.0) if k is None else make_sae(k=k)
+    sae.save_pretrained(tmp_path)
+    old = {"d_in": 6, "d_sae": 20, "k": k, "k_min": 1, "k_max": 8, "steepness": 6.0, "score_min": 0.0}
+    old |= {"score_max": 10.0, "probe_reads": "last", "probe_lambda": 3.0}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    loaded = AdaptiveKSAE.from_pretrained(tmp_path)
+    assert loaded.config == sae.config
+    x = randn(30, 6)
+    assert torch.equal(loaded(x), sae(x))
+
+
+def test_k_of_version_0_1_is_taken_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="selection=TopK"):
+        assert SAEConfig(6, 20, k=4) == SAEConfig(6, 20, TopK(4))
+    assert SAEConfig(6, 20) == SAEConfig(6, 20, AdaptiveK())
+    with pytest.raises(TypeError, match="k_min: got a value beside selection"):
+        SAEConfig(6, 20, TopK(4), k_min=4)
+    with pytest.raises(TypeError, match="no field kmax"):
+        SAEConfig(6, 20, kmax=4)
 
 
 @pytest.mark.parametrize("k", [None, 5])
@@ -217,7 +243,7 @@ def test_checkpoint_of_another_shape(checkpoint, change, message):
     ("name", "content", "message"),
     [
         ("sae.safetensors", None, "got no such file"),
-        ("sae.safetensors", b"\x10\0\0\0\0\0\0\0 no safetensors ", "needs a checkpoint"),
+        ("sae.safetensors", b"\x10\0\0\0\0\0\0\0 no safetensors ", "not safetensors"),
         ("config.json", None, "got no such file, needs a JSON file"),
         ("config.json", b"{", "is not readable JSON"),
         ("config.json", b"[]", "got list, needs an object"),
@@ -254,7 +280,7 @@ def test_a_failed_save_keeps_the_old_checkpoint(checkpoint, monkeypatch):
 @pytest.mark.parametrize("name", ["x", "W_enc", "b_enc", "W_dec", "b_dec"])
 def test_forward_mode_finds_every_parameter(name, requires_grad):
     """b_dec too, which without its gradient is not led around the encoder's input."""
-    sae = AdaptiveKSAE(SAEConfig(d_in=6, d_sae=20, k=3), generator=torch.Generator().manual_seed(0)).double()
+    sae = AdaptiveKSAE(SAEConfig(6, 20, TopK(3)), generator=torch.Generator().manual_seed(0)).double()
     sae.requires_grad_(requires_grad)
     generator = torch.Generator().manual_seed(1)
     inputs = {"x": torch.randn(4, 6, generator=generator, dtype=torch.float64)} | dict(sae.named_parameters())
@@ -275,7 +301,7 @@ def test_forward_mode_finds_every_parameter(name, requires_grad):
 
 @pytest.mark.parametrize("k", [4, None], ids=["fixed", "adaptive"])
 def test_a_batch_without_rows(k):
-    sae = AdaptiveKSAE(SAEConfig(d_in=16, d_sae=64, k=k, k_min=2, k_max=9))
+    sae = AdaptiveKSAE(SAEConfig(16, 64, AdaptiveK(KMap(2, 9)) if k is None else TopK(k)))
     x = torch.randn(0, 16, requires_grad=True)
     sae(x).sum().backward()
     assert x.grad.shape == (0, 16)
@@ -287,7 +313,7 @@ def test_a_batch_without_rows(k):
 @pytest.mark.parametrize("k", [4, None], ids=["fixed", "adaptive"])
 def test_compiles_whole(k, dynamic):
     torch._dynamo.reset()
-    sae = AdaptiveKSAE(SAEConfig(d_in=16, d_sae=64, k=k, k_min=2, k_max=9, steepness=5.5))
+    sae = AdaptiveKSAE(SAEConfig(16, 64, AdaptiveK(KMap(2, 9, 5.5)) if k is None else TopK(k)))
     compiled = torch.compile(sae, dynamic=dynamic, fullgraph=True, backend="aot_eager")
     for rows in (5, 8):
         x = torch.randn(rows, 16)

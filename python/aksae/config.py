@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 import os
 import types
 import typing
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .errors import UserError
+from .k_policy import KMap, as_plain_int
+from .selections import SELECTIONS, AdaptiveK, BatchTopK, JumpReLU, Matryoshka, Selection, TopK
+from .selections.adaptive import ProbeReads
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
 
+SelectionName = Literal["adaptivek", "topk", "batch-topk", "jumprelu", "matryoshka"]
+SELECTION_NAMES: tuple[SelectionName, ...] = typing.get_args(SelectionName)
+"""The selections by their names on the command line, which are those of their folders in a run."""
 BUNDLED_MODEL, BUNDLED_TEXT = "smollm2", "python-prose"
 """The model and the text that need no network; never taken for the name of a folder."""
 MIN_LOSS_TOKENS = 16
@@ -71,7 +78,8 @@ class TextConfig:
     max_tokens: int = 100_000
     """Stop after this many loss tokens, train and held-out together."""
     heldout_fraction: float = 0.1
-    """Share of the documents kept for evaluation; a document is never on both sides."""
+    """Share of the documents kept for evaluation; a document is never on both sides. Of activations that do not say
+    what is held out, the share of their rows."""
     seed: int = 0
     """Seed of the document shuffle."""
 
@@ -97,36 +105,75 @@ class LabelConfig:
     """`llm` scorer: tries per context, with exponential back-off, before the context is left out."""
 
 
-ProbeReads = Literal["last", "mean", "token"]
+FLAT = (*(entry.name for entry in dataclasses.fields(KMap)), "probe_reads", "probe_lambda")
+"""The settings of AdaptiveK beside those of other things: in version 0.1, in a run's config, in other codebases."""
+_LEGACY = ("k", *FLAT)
+"""Fields of version 0.1, which `SAEConfig` and checkpoints still take in place of `selection`."""
 
 
-@dataclass
+_ADAPTIVE_K = AdaptiveK()
+
+
+@dataclass(init=False)
 class SAEConfig:
-    """Shape and sparsity of one sparse autoencoder."""
+    """Shape of one sparse autoencoder or transcoder, and how it chooses the latents of a row."""
 
     d_in: int
     """D, width of the activations."""
     d_sae: int
     """F, number of latents."""
-    k: int | None = None
-    """A fixed k for every row (TopK SAE); None for AdaptiveK, where the probe decides."""
-    k_min: int = 20
-    k_max: int = 320
-    steepness: float = 6.0
-    score_min: float = 0.0
-    score_max: float = 10.0
-    """The score-to-k map: see `aksae.k_policy.score_to_k`."""
-    probe_reads: ProbeReads = "last"
-    """What the probe was fitted to read: see `TrainConfig.probe_reads`."""
-    probe_lambda: float | None = None
-    """Ridge penalty the probe was fitted with; None before it is fitted."""
+    selection: Selection = _ADAPTIVE_K
+    """How a row's latents are chosen: `TopK(64)`, `BatchTopK(64)`, `JumpReLU()`, `Matryoshka(BatchTopK(64), prefixes)`
+    or `AdaptiveK(KMap(), "last")`, the default."""
+    d_out: int | None = None
+    """Width of what a transcoder reconstructs from its input; None for an autoencoder, which reconstructs the input."""
+    skip: bool = False
+    """Add `W_skip x` to a transcoder's output."""
+    input_scale: float = 1.0
+    """What activations are multiplied with before they are encoded, so that their mean norm is sqrt(D)."""
+    output_scale: float = 1.0
+    """What is reconstructed is divided by it: that of the target for a transcoder, else `input_scale`."""
 
-    def __post_init__(self) -> None:
-        """NumPy's integers, and whatever else is one, become ints: JSON and torch.compile take no others."""
-        for name in ("d_in", "d_sae", "k", "k_min", "k_max"):
-            value = getattr(self, name)
-            if hasattr(value, "__index__") and not isinstance(value, bool):
-                setattr(self, name, operator.index(value))
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        selection: Selection | None = None,
+        d_out: int | None = None,
+        skip: bool = False,
+        input_scale: float = 1.0,
+        output_scale: float = 1.0,
+        **legacy: Any,
+    ) -> None:
+        """The fields; and those of version 0.1 in place of `selection`: `k` for `TopK`, which warns, or `k_min`,
+        `k_max`, `steepness`, `score_min`, `score_max`, `probe_reads` and `probe_lambda` for `AdaptiveK`."""
+        if unknown := sorted(legacy.keys() - set(_LEGACY)):
+            raise TypeError(f"SAEConfig has no field {unknown[0]}")
+        if legacy.get("k") is not None:
+            warnings.warn("SAEConfig(k=...): use selection=TopK(...)", DeprecationWarning, stacklevel=2)
+        if legacy and selection is not None:
+            raise TypeError(f"{min(legacy)}: got a value beside selection, needs one of the two")
+        self.d_in, self.d_sae, self.d_out = as_plain_int(d_in), as_plain_int(d_sae), as_plain_int(d_out)
+        self.selection = _selection_of_old(legacy) if selection is None else selection
+        self.skip, self.input_scale, self.output_scale = skip, input_scale, output_scale
+
+    @property
+    def transcoder(self) -> bool:
+        """Whether something else than the input is reconstructed."""
+        return self.d_out is not None
+
+    @property
+    def width_out(self) -> int:
+        """Width of the reconstruction."""
+        return self.d_in if self.d_out is None else self.d_out
+
+
+def _selection_of_old(fields: Mapping[str, Any]) -> Selection:
+    """The selection that a config of version 0.1 had."""
+    if fields.get("k") is not None:
+        return TopK(as_plain_int(fields["k"]))
+    k_map = {name: value for name, value in fields.items() if name not in ("k", "probe_reads", "probe_lambda")}
+    return AdaptiveK(KMap(**k_map), fields.get("probe_reads", "last"), fields.get("probe_lambda"))
 
 
 @dataclass
@@ -138,12 +185,24 @@ class TrainConfig:
     overwrite: bool = False
     cache: Path | None = None
     """Folder for converted models, labels and activations; None for AKSAE_CACHE or ~/.cache/aksae."""
+    activations: Path | None = None
+    """Train on activations that are there, without text, model and labels: a folder of `aksae collect`, or a file or
+    folder of .safetensors, .npy, .pt or .parquet; any selection but adaptivek."""
+    stream: bool = False
+    """Train on activations as the model gives them, mixed in memory and kept nowhere; any selection but adaptivek."""
     model: ModelConfig = field(default_factory=ModelConfig)
     text: TextConfig = field(default_factory=TextConfig)
     labels: LabelConfig = field(default_factory=LabelConfig)
 
     d_sae: int = 4096
     """F, number of latents."""
+    selection: SelectionName = "adaptivek"
+    """How latents are chosen. `adaptivek` needs labels, and trains a probe and a baseline; for the others no text is
+    labelled, activations are scaled to a mean norm of sqrt(D), and `k` is the number of latents of a row."""
+    k: int = 64
+    """Latents of a row: of each (topk), on average (batch-topk, matryoshka), or what training aims at (jumprelu)."""
+    prefixes: tuple[int, ...] = ()
+    """`matryoshka`: ascending numbers of latents, the last one d_sae; none for d_sae / 16, d_sae / 4 and d_sae."""
     k_min: int = 20
     k_max: int = 320
     steepness: float = 6.0
@@ -193,17 +252,79 @@ class TrainConfig:
     """Precision of the SAE step (autocast); weights stay float32."""
 
 
+@dataclass
+class FitConfig:
+    """How `fit` trains."""
+
+    steps: int
+    """Optimiser steps."""
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: int = 15
+    """Steps in which the learning rate rises linearly from 0."""
+    decay_start: float = 0.8
+    """Share of the steps after which it falls linearly to 0."""
+    k_start: float | None = None
+    """Start with this number of latents a row, falling linearly to the selection's own, or with AdaptiveK to each row's
+    own; None starts with that."""
+    k_steps: int = 0
+    """Steps in which it falls."""
+    accumulate: int = 1
+    """Batches whose mean gradient makes a step."""
+    normalize: Literal["none", "mean-norm"] = "none"
+    """`mean-norm`: activations are multiplied by the number that gives those of the first batch a mean norm of sqrt(D).
+    It is kept in `SAEConfig.input_scale`, and what is reconstructed is divided by it."""
+    aux_coef: float = 1 / 32
+    """Weight of the auxiliary loss on dead latents."""
+    sparsity_coef: float = 0.0
+    """Weight of the ratio of L1 norms of the codes to L2 norms of the activations."""
+    dead_after: int = 10_000_000
+    """A latent is dead once it has not fired for this many rows."""
+    max_dead: int | None = None
+    """The most dead latents that the auxiliary loss sees, the longest dead first; None for the most
+    of 1024, d_in and d_sae / 16."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this norm; None for no clipping."""
+    ema: float | None = None
+    """Decay of a running mean of the weights, in fp32 at least, which takes their place in what is written and at the
+    end; None for none. Its decoder rows are shorter than 1, by as much as they turned."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the products (autocast)."""
+    weights: Literal["float32", "bfloat16"] | None = None
+    """Precision of the weights; moments are fp32 in either, and so are thresholds, which change too little in a step
+    for 16 bits. None leaves them as they are. A weight of 16 bits stands still where a step changes it by less than
+    1/512 of itself, so they need a larger `lr`."""
+    device: str | None = None
+    """`auto`, a torch device string, or None for the device that the SAE is on."""
+    output: Path | None = None
+    """Folder of log, checkpoints and the trained SAE, without another run in it; None writes nothing."""
+    resume: Path | None = None
+    """Folder of a run that is to go on from its last complete checkpoint, from step 0 where it has none; also where
+    this one writes, unless `output` says otherwise."""
+    overwrite: bool = False
+    """Whether another run in `output` may be replaced: its log, its SAE and its checkpoints are removed."""
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    keep: int = 2
+    """Checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        self.output = None if self.output is None else Path(self.output)
+        self.resume = None if self.resume is None else Path(self.resume)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as JSON-ready nested dictionaries (paths become strings, tuples lists)."""
+    """The config as JSON-ready nested dictionaries (paths become strings, tuples lists); a selection names its type."""
 
     def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
+        if dataclasses.is_dataclass(value):
+            named = {"type": type(value).__name__} if isinstance(value, Selection) else {}
+            return named | {entry.name: plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
         if isinstance(value, (list, tuple)):
             return [plain(item) for item in value]
         return str(value) if isinstance(value, Path) else value
 
-    return plain(dataclasses.asdict(config))
+    return plain(config)
 
 
 def from_dict(cls: type[Config], data: Any, name: str = "config") -> Config:
@@ -213,6 +334,8 @@ def from_dict(cls: type[Config], data: Any, name: str = "config") -> Config:
     """
     if not isinstance(data, dict):
         raise UserError(f"{name}: got {type(data).__name__}, needs an object")
+    if cls is SAEConfig and "selection" not in data:
+        data = _of_version_0_1(data)
     hints = typing.get_type_hints(cls)
     fields = {entry.name: entry for entry in dataclasses.fields(cls)}
     unknown = sorted(set(data) - set(fields))
@@ -228,12 +351,27 @@ def from_dict(cls: type[Config], data: Any, name: str = "config") -> Config:
     return cls(**{key: _parse(hints[key], value, f"{name}.{key}") for key, value in data.items()})
 
 
+def _of_version_0_1(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of version 0.1 in today's fields; the values are as they were."""
+    old = {name: data[name] for name in _LEGACY if name in data}
+    others = {name: value for name, value in data.items() if name not in old}
+    if old.get("k") is not None:
+        return others | {"selection": {"type": "TopK", "k": old["k"]}}
+    return others | {"selection": {"type": "AdaptiveK", **_flat_as_nested(old)}}
+
+
 def validate(config: TrainConfig) -> None:
     """Raise UserError, naming the field, what it got and what it needs, where a run could not go well."""
-    _check_map(config)
     _at_least("d_sae", config.d_sae, 1)
-    if config.k_max > config.d_sae:
-        raise UserError(f"k_max: got {config.k_max}, needs at most d_sae = {config.d_sae}")
+    if config.selection == "adaptivek":
+        _validate_adaptive(config)
+    else:
+        _within("k", config.k, 1, config.d_sae, "d_sae")
+        selection_for(config).check(config.d_sae)
+        if config.train_on != "all":
+            raise UserError(f"train_on: got {config.train_on}, needs all with the selection {config.selection}")
+    if config.activations is not None and config.stream:
+        raise UserError(f"stream: got True beside activations ({config.activations}), needs one of the two")
     for name in ("steps", "batch_size", "dead_after", "log_every", "checkpoint_every"):
         _at_least(name, getattr(config, name), 1)
     for name in ("warmup_steps", "sparsity_coef", "aux_coef", "probe_coef", "seed"):
@@ -247,7 +385,57 @@ def validate(config: TrainConfig) -> None:
     for penalty in config.probe_lambdas:
         _above_zero("probe_lambdas", penalty)
     _at_least("probe_folds", config.probe_folds, 2)
-    validate_inputs(config.model, config.text, config.labels)
+    if config.activations is None:
+        validate_inputs(config.model, config.text, config.labels)
+    else:
+        _validate_fraction(config.text.heldout_fraction)
+
+
+def _validate_adaptive(config: TrainConfig) -> None:
+    """Raise UserError where an AdaptiveK run could not go well."""
+    others = ", ".join(name for name in SELECTION_NAMES if name != "adaptivek")
+    if config.activations is not None:
+        raise UserError(
+            f"selection: got adaptivek for activations ({config.activations}), which have no labels to fit a probe on; "
+            f"needs text in their place, or one of {others}"
+        )
+    if config.stream:
+        raise UserError(
+            "selection: got adaptivek with stream, whose probe is fitted on activations that are kept; needs stream "
+            f"False, or one of {others}"
+        )
+    k_map_of(config)  # raises where it is none
+    if config.k_max > config.d_sae:
+        raise UserError(f"k_max: got {config.k_max}, needs at most d_sae = {config.d_sae}")
+
+
+def selection_for(config: TrainConfig) -> Selection:
+    """The selection that `config.selection` names, where that is not `adaptivek`."""
+    if config.selection == "topk":
+        return TopK(config.k)
+    if config.selection == "batch-topk":
+        return BatchTopK(config.k)
+    if config.selection == "jumprelu":
+        return JumpReLU(config.k)
+    if config.selection == "matryoshka":
+        prefixes = config.prefixes or tuple(sorted({max(1, config.d_sae // part) for part in (16, 4, 1)}))
+        return Matryoshka(BatchTopK(config.k), prefixes)
+    raise UserError(f"selection: got {config.selection!r}, needs one of {', '.join(SELECTION_NAMES)}")
+
+
+def validate_fit(config: FitConfig) -> None:
+    """The same as `validate`, for one run of `fit`."""
+    for name in ("steps", "accumulate", "dead_after", "log_every", "checkpoint_every", "keep"):
+        _whole(name, getattr(config, name))
+        _at_least(name, getattr(config, name), 1)
+    for name in ("warmup_steps", "aux_coef", "sparsity_coef", "k_steps"):
+        _at_least(name, getattr(config, name), 0)
+    _above_zero("lr", config.lr)
+    _within("decay_start", config.decay_start, 0, 1)
+    if config.k_start is not None:
+        _at_least("k_steps", config.k_steps, 1)
+    if config.ema is not None and not 0 <= config.ema < 1:
+        raise UserError(f"ema: got {config.ema}, needs a number from 0 to below 1")
 
 
 def validate_inputs(model: ModelConfig, text: TextConfig, labels: LabelConfig) -> None:
@@ -266,14 +454,18 @@ def validate_text(text: TextConfig) -> None:
     length, fraction = text.context_length, text.heldout_fraction
     _at_least("text.context_length", length, MIN_LOSS_TOKENS)
     _at_least("text.skip_first", text.skip_first, 0)
-    if not 0 < fraction < 1:
-        raise UserError(f"text.heldout_fraction: got {fraction}, needs a number between 0 and 1")
+    _validate_fraction(fraction)
     smaller = min(fraction, 1 - fraction)
     if text.max_tokens * smaller < length:
         raise UserError(
             f"text.max_tokens: got {text.max_tokens}, needs at least {int(length / smaller) + 1}, so that train and "
             f"held-out (text.heldout_fraction {fraction}) each hold a context of {length} tokens"
         )
+
+
+def _validate_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise UserError(f"text.heldout_fraction: got {fraction}, needs a number between 0 and 1")
 
 
 def label_file(labels: LabelConfig) -> Path:
@@ -313,6 +505,7 @@ def absolute(config: TrainConfig) -> TrainConfig:
         config,
         output=path(config.output, "output"),
         cache=config.cache and path(config.cache, "cache"),
+        activations=config.activations and path(config.activations, "activations"),
         model=dataclasses.replace(model, name=named(model.name, "model.name", BUNDLED_MODEL)),
         text=dataclasses.replace(text, source=named(text.source, "text.source", BUNDLED_TEXT)),
         labels=dataclasses.replace(labels, file=labels.file and path(labels.file, "labels.file")),
@@ -321,35 +514,46 @@ def absolute(config: TrainConfig) -> TrainConfig:
 
 def validate_sae(config: SAEConfig) -> None:
     """The same as `validate`, for one sparse autoencoder."""
-    for name in ("d_in", "d_sae", "k_min", "k_max"):
-        if type(getattr(config, name)) is not int:
-            raise UserError(f"{name}: got {getattr(config, name)!r}, needs an int")
-    _at_least("d_in", config.d_in, 1)
-    _at_least("d_sae", config.d_sae, 1)
-    if config.k is None:
-        _check_map(config)
-    if config.probe_reads not in typing.get_args(ProbeReads):
-        needs = " or ".join(typing.get_args(ProbeReads))
-        raise UserError(f"probe_reads: got {config.probe_reads!r}, needs {needs}")
-    if config.probe_lambda is not None:
-        _at_least("probe_lambda", config.probe_lambda, 0)
-    k_name, k_max = ("k_max", config.k_max) if config.k is None else ("k", config.k)
-    _within(k_name, k_max, 0, config.d_sae, "d_sae")
+    for name in ("d_in", "d_sae", "d_out"):
+        value = getattr(config, name)
+        if not (name == "d_out" and value is None):
+            _whole(name, value)
+            _at_least(name, value, 1)
+    if not isinstance(config.selection, Selection):
+        raise UserError(f"selection: got {config.selection!r}, needs one of {', '.join(SELECTIONS)}")
+    config.selection.check(config.d_sae)
+    if config.skip and not config.transcoder:
+        raise UserError("skip: got True for an autoencoder, needs a transcoder, with d_out")
+    for name in ("input_scale", "output_scale"):
+        _above_zero(name, getattr(config, name))
 
 
 def adaptive_config(config: TrainConfig, d_in: int, probe_lambda: float) -> SAEConfig:
     """The SAE that `config` asks for, on activations of width `d_in`."""
-    return SAEConfig(
-        d_in=d_in,
-        d_sae=config.d_sae,
-        k_min=config.k_min,
-        k_max=config.k_max,
-        steepness=config.steepness,
-        score_min=config.score_min,
-        score_max=config.score_max,
-        probe_reads=config.probe_reads,
-        probe_lambda=probe_lambda,
-    )
+    selection = AdaptiveK(k_map_of(config), config.probe_reads, probe_lambda)
+    return SAEConfig(d_in, config.d_sae, selection)
+
+
+def selection_of(fields: Mapping[str, Any], name: str = "config") -> AdaptiveK:
+    """The selection whose settings stand in `FLAT` fields. Raises UserError as `from_dict` does."""
+    return from_dict(AdaptiveK, _flat_as_nested(fields), name)
+
+
+def flat_selection(selection: AdaptiveK) -> dict[str, Any]:
+    """The `FLAT` fields of a selection."""
+    others = {"probe_reads": selection.probe, "probe_lambda": selection.probe_lambda}
+    return dataclasses.asdict(selection.k_map) | others
+
+
+def _flat_as_nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    named = {"probe": "probe_reads", "probe_lambda": "probe_lambda"}
+    k_map = {name: fields[name] for name in FLAT if name in fields and name not in named.values()}
+    return {"k_map": k_map} | {new: fields[old] for new, old in named.items() if old in fields}
+
+
+def k_map_of(config: Any) -> KMap:
+    """The map whose settings stand in a config of other things too."""
+    return KMap(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(KMap)})
 
 
 def cache_folder(cache: Path | None) -> Path:
@@ -369,14 +573,9 @@ def cache_folder(cache: Path | None) -> Path:
     return folder
 
 
-def _check_map(config: SAEConfig | TrainConfig) -> None:
-    _at_least("k_min", config.k_min, 0)
-    if config.k_min > config.k_max:
-        raise UserError(f"k_min: got {config.k_min}, needs at most k_max = {config.k_max}")
-    if not math.isfinite(config.steepness):
-        raise UserError(f"steepness: got {config.steepness}, needs a finite number")
-    if not -math.inf < config.score_min < config.score_max < math.inf:
-        raise UserError(f"score_min: got {config.score_min}, needs a number below score_max = {config.score_max}")
+def _whole(name: str, value: Any) -> None:
+    if type(value) is not int:
+        raise UserError(f"{name}: got {value!r}, needs an int")
 
 
 def _at_least(name: str, value: float, low: float) -> None:
@@ -398,6 +597,12 @@ def _within(name: str, value: float, low: float, high: float, high_name: str | N
 def _parse(hint: Any, value: Any, name: str) -> Any:
     """`value` read from JSON as the type `hint` of a config field."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, type) and issubclass(hint, Selection):
+        kind = value.get("type") if isinstance(value, dict) else value
+        known = [key for key, cls in SELECTIONS.items() if issubclass(cls, hint)]
+        if kind not in known:
+            raise UserError(f"{name}.type: got {kind!r}, needs {' or '.join(known)}")
+        return from_dict(SELECTIONS[kind], {key: item for key, item in value.items() if key != "type"}, name)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value, name)
     if origin in (typing.Union, types.UnionType):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -10,7 +11,8 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,9 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], config: Mapping
     write_files({folder / CONFIG: config, folder / WEIGHTS: tensors})
 
 
-def load_checkpoint(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `sae.safetensors` in `folder`: names and shapes must be those of `like`, all of one float dtype.
+def load_checkpoint(folder: Path, like: Mapping[str, Tensor], exact: Collection[str] = ()) -> dict[str, Tensor]:
+    """The tensors of `sae.safetensors` in `folder`: names and shapes must be those of `like`, all of one float dtype
+    but for those that `exact` names.
 
     Raises UserError naming the tensor, what it got and what it needs, for a file that `read_tensors` refuses, and for a
     tensor that is missing, unknown or of another shape or dtype.
@@ -44,13 +47,13 @@ def load_checkpoint(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tenso
         tensor = tensors[name]
         if tensor.shape != wanted.shape:
             raise UserError(f"{path}: tensor {name}: got shape {list(tensor.shape)}, needs {list(wanted.shape)}")
-        if not tensor.is_floating_point() or tensor.dtype != dtype:
+        if not tensor.is_floating_point() or (tensor.dtype != dtype and name not in exact):
             raise UserError(f"{path}: tensor {name}: got {tensor.dtype}, needs the one floating dtype of all tensors")
     return tensors
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
+    """The tensors of a safetensors file, on the CPU, each a map of the file: read where it is looked at.
 
     Raises UserError for a file that is missing, truncated (naming the tensor that is cut) or not safetensors.
     """
@@ -58,12 +61,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise UserError(f"{path}: got no such file, needs a checkpoint's weights")
+        raise UserError(f"{path}: got no such file, needs a safetensors file")
     _check_length(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: got a file that safetensors cannot read ({error}), needs a checkpoint") from error
+        raise UserError(f"{path}: got a file that is not safetensors ({error}), needs one that is") from error
 
 
 def read_pickle(path: Path) -> Any:
@@ -72,23 +75,52 @@ def read_pickle(path: Path) -> Any:
     Raises UserError for a file that is missing, truncated or not torch's, and for one that names anything else to be
     run when it is opened: that is never done.
     """
+    return _unpickled(path, mmap=False)
+
+
+def map_pickle(path: Path) -> Any:
+    """The same, its tensors maps of the file, where it has the format of torch 1.6 or newer."""
+    return _unpickled(path, mmap=zipfile.is_zipfile(path))
+
+
+def _unpickled(path: Path, mmap: bool) -> Any:
     try:
         with warnings.catch_warnings():
             # Of another pickle protocol than torch's: it is read or refused all the same.
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError as error:
         raise UserError(f"{path}: got no such file, needs one that torch.save wrote") from error
     except pickle.UnpicklingError as error:
-        reason = re.search(r"GLOBAL \S+|Unsupported [^\n]+", str(error))
         raise UserError(
-            f"{path}: got a pickle that is refused ({reason[0] if reason else 'not readable'}), "
+            f"{path}: got a pickle that is refused ({_refused(error)}), "
             "needs tensors, numbers and strings only; anything else could run code"
         ) from error
     except Exception as error:
         # What torch raises over bytes that are no pickle of its own is anything.
         reason = str(error).partition("\n")[0] or "it ends too early"
         raise UserError(f"{path}: got a file that torch cannot read ({reason}), needs one of torch.save") from error
+
+
+def check_pickle(value: Any, name: str) -> None:
+    """Raise UserError, naming `name`, for a value of which `read_pickle` would refuse the file."""
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:
+        # A pickle may fail with anything that the objects in it raise.
+        raise UserError(
+            f"{name}: got something that cannot be read back ({_refused(error)}), needs tensors, numbers, strings and "
+            "containers of them"
+        ) from error
+
+
+def _refused(error: Exception) -> str:
+    """What a pickle was refused for, in a few words."""
+    found = re.search(r"GLOBAL \S+", str(error)) or re.search(r"Unsupported [^\n]+", str(error))
+    return found[0] if found else str(error).partition("\n")[0] or "not readable"
 
 
 def read_json(path: Path, needs: type = object) -> Any:
@@ -107,6 +139,15 @@ def read_json(path: Path, needs: type = object) -> Any:
 def nearest_folder(path: Path) -> Path:
     """The path itself or, where it does not exist, the nearest of the folders it would be in that does."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def check_writable(folder: Path, argument: str) -> None:
+    """Raise UserError, starting with `argument`, for what cannot become a folder that can be written."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{argument}: got {folder}, a file, needs a folder")
+    nearest = nearest_folder(folder)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"{argument}: got {folder}, needs a folder that can be made and written ({nearest} forbids it)")
 
 
 def check_space(*writes: tuple[str, Path, int]) -> None:
@@ -238,9 +279,7 @@ def _check_length(path: Path) -> None:
             header = json.loads(file.read(start - 8))
             ends = {name: start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
         except (ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
-            raise UserError(f"{path}: got a header that is not safetensors' ({error}), needs a checkpoint") from error
+            raise UserError(f"{path}: got a header that is not safetensors' ({error}), needs one that is") from error
     for name, end in sorted(ends.items(), key=lambda item: item[1]):
         if end > size:
-            raise UserError(
-                f"{path}: tensor {name}: got a file of {size} bytes, needs {end}: the checkpoint is truncated"
-            )
+            raise UserError(f"{path}: tensor {name}: got a file of {size} bytes, needs {end}: the file is truncated")

@@ -4,12 +4,45 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import SAEConfig
 from .errors import UserError
+
+
+@dataclass(frozen=True)
+class KMap:
+    """The map from a complexity score to k: `score_to_k` with these settings, which it names.
+
+    Raises as `score_to_k` does where it is made, so that a map that exists is a good one. NumPy's integers, and
+    whatever else is one, become ints: JSON and torch.compile take no others.
+    """
+
+    k_min: int = 20
+    k_max: int = 320
+    steepness: float = 6.0
+    score_min: float = 0.0
+    score_max: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("k_min", "k_max"):
+            object.__setattr__(self, name, as_plain_int(getattr(self, name)))
+        _check_range(self.k_min, self.k_max, self.steepness, self.score_min, self.score_max)
+
+    def __call__(self, score: Tensor | float) -> Tensor:
+        """k of each score, int32 of its shape."""
+        return score_to_k(
+            score,
+            k_min=self.k_min,
+            k_max=self.k_max,
+            steepness=self.steepness,
+            score_min=self.score_min,
+            score_max=self.score_max,
+        )
 
 
 def score_to_k(
@@ -65,16 +98,9 @@ def score_to_k(
     return k.nan_to_num(nan=k_min).clamp(k_min, k_max).round().to(torch.int32)
 
 
-def k_of_score(score: Tensor, config: SAEConfig) -> Tensor:
-    """`score_to_k` with the map of `config`."""
-    return score_to_k(
-        score,
-        k_min=config.k_min,
-        k_max=config.k_max,
-        steepness=config.steepness,
-        score_min=config.score_min,
-        score_max=config.score_max,
-    )
+def as_plain_int(value: Any) -> Any:
+    """The int that `operator.index` makes of `value`; whatever it makes none of, bool included, as it is."""
+    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
 
 
 def _check_range(k_min: int, k_max: int, steepness: float, score_min: float, score_max: float) -> None:
@@ -82,9 +108,9 @@ def _check_range(k_min: int, k_max: int, steepness: float, score_min: float, sco
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{name}: got {value!r}, needs an integer")
     if k_min < 0:
-        raise UserError(f"k_min: got {k_min}, needs 0 or more")
+        raise UserError(f"k_min: got {k_min}, needs a number from 0 up")
     if k_max < k_min:
-        raise UserError(f"k_max: got {k_max}, needs at least k_min = {k_min}")
+        raise UserError(f"k_min: got {k_min}, needs at most k_max = {k_max}")
     if k_max >= 2**31:
         raise UserError(f"k_max: got {k_max}, needs less than 2**31")
     for name, number in (("steepness", steepness), ("score_min", score_min), ("score_max", score_max)):
@@ -92,4 +118,4 @@ def _check_range(k_min: int, k_max: int, steepness: float, score_min: float, sco
         if not -math.inf < number < math.inf:
             raise UserError(f"{name}: got {number}, needs a finite number")
     if score_min >= score_max:
-        raise UserError(f"score_max: got {score_max}, needs more than score_min = {score_min}")
+        raise UserError(f"score_min: got {score_min}, needs a number below score_max = {score_max}")

@@ -1,8 +1,9 @@
-"""The AdaptiveK sparse autoencoder: a ReLU + TopK SAE whose k is a row's own, read off a linear complexity probe."""
+"""The sparse autoencoder: an encoder, a selection of latents, a decoder."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +14,26 @@ from aksae_kernels import SparseCodes, sparse_decode, topk_encode
 from .config import SAEConfig, from_dict, to_dict, validate_sae
 from .errors import UserError
 from .files import CONFIG, load_checkpoint, read_json, save_checkpoint
-from .k_policy import k_of_score
-from .probe import ComplexityProbe
+from .selections import AdaptiveK, Encoder, TopK
 
 
-class AdaptiveKSAE(nn.Module):
-    """`z = TopK_k(ReLU(W_enc (x - b_dec) + b_enc))`, `x_hat = W_dec z + b_dec`, with k of each row's own.
+class SAE(nn.Module):
+    """`z = select(W_enc (s x - b_dec) + b_enc)`, `x_hat = (W_dec z + b_dec) / s`.
 
-    k comes from `config.k` where that is set (a TopK SAE), else from the probe: `k = score_to_k(probe(x))`
-    (AdaptiveK, arXiv 2508.17320). Parameters are latent-major: `W_enc`, `W_dec` `[F, D]` (rows of `W_dec` have unit
-    norm), `b_enc` `[F]`, `b_dec` `[D]`; `probe` is None for a fixed k. The decoder starts with random directions, the
-    encoder equal to it, the biases at 0; see `initialize_from`.
+    `select` is `config.selection`: TopK, BatchTopK, JumpReLU, Matryoshka or AdaptiveK; s is `config.input_scale`. A
+    transcoder (`config.d_out`) reconstructs something else than its input: it does not subtract `b_dec` from it,
+    divides by `config.output_scale`, and with `config.skip` adds `W_skip s x`.
+
+    Parameters are latent-major: `W_enc [F, D]`, `W_dec [F, D_out]` (rows of unit norm), `b_enc [F]`, `b_dec [D_out]`,
+    `W_skip [D_out, D]`, and what the selection has of its own: `probe` (AdaptiveK), `threshold` (BatchTopK),
+    `log_threshold` (JumpReLU). The decoder starts with random directions, the encoder equal to it where it has the same
+    width, biases and `W_skip` at 0; see `start`.
+
+    `sae.eval()` is inference, where no row depends on its batch; a BatchTopK SAE in training mode shares its budget
+    among the rows it is given. `aksae.fit` and `from_pretrained` leave an SAE in eval mode.
 
     Args:
-        config: shape and sparsity.
+        config: shape and selection.
         generator: source of the initial weights; None for torch's global one.
 
     Raises:
@@ -37,92 +44,161 @@ class AdaptiveKSAE(nn.Module):
         super().__init__()
         validate_sae(config)
         self.config = config
-        directions = torch.empty(config.d_sae, config.d_in).uniform_(-1, 1, generator=generator)
-        self.W_dec = nn.Parameter(F.normalize(directions, dim=-1))
-        self.W_enc = nn.Parameter(self.W_dec.detach().clone())
+        self.W_dec = nn.Parameter(_directions(config.d_sae, config.width_out, generator))
+        if config.width_out == config.d_in:
+            self.W_enc = nn.Parameter(self.W_dec.detach().clone())
+        else:
+            self.W_enc = nn.Parameter(_directions(config.d_sae, config.d_in, generator))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        self.b_dec = nn.Parameter(torch.zeros(config.width_out))
+        self.register_parameter(
+            "W_skip", nn.Parameter(torch.zeros(config.width_out, config.d_in)) if config.skip else None
+        )
         self.probe = None
-        if config.k is None:
-            self.probe = ComplexityProbe(config.d_in, score_min=config.score_min, score_max=config.score_max)
+        config.selection.attach(self)
 
     @torch.no_grad()
-    def initialize_from(self, x: Tensor) -> None:
-        """Set `b_dec` to the geometric median of `x [..., D]`, the first batch. UserError for one without rows."""
-        rows = x.reshape(-1, self.config.d_in)
+    def start(self, x: Tensor, target: Tensor | None = None) -> None:
+        """Set what depends on the first batch: `b_dec` to the geometric median of `x [..., D]` (of the target for a
+        transcoder), then what the selection sets. UserError for a batch without rows."""
+        rows = self.target(x, target).reshape(-1, self.config.width_out)
         if len(rows) == 0:
             raise UserError("x: got no rows, needs at least one to start b_dec from")
         self.b_dec.copy_(geometric_median(rows))
+        self.config.selection.start(self, self.encoder(x))
+
+    def width(self, k: int | Tensor | None = None) -> int:
+        """The width of codes with a `k` that stands in for the selection's own."""
+        own = min(self.config.selection.width(self.config.d_sae), self.config.d_sae)
+        return min(max(own, k), self.config.d_sae) if isinstance(k, int) else own
 
     @property
     def k_bound(self) -> int:
-        """The largest k a row can be given: the width of the codes."""
-        return self.config.k_max if self.config.k is None else self.config.k
+        """The largest number of latents a row can have: the width of the codes."""
+        return self.width()
 
     @torch.no_grad()
     def k_for(self, x: Tensor) -> Tensor:
-        """k of each vector of `x [..., D]`, `[...]` int32."""
-        if self.probe is None:
-            return torch.full(x.shape[:-1], self.k_bound, dtype=torch.int32, device=x.device)
-        return k_of_score(self.probe(x), self.config)
+        """k of each vector of `x [..., D]`, `[...]` int32. UserError for a selection that is not by a k of each row."""
+        selection = self.config.selection
+        if isinstance(selection, AdaptiveK):
+            return selection.k_for(self, x)
+        if isinstance(selection, TopK):
+            return torch.full(x.shape[:-1], selection.k, dtype=torch.int32, device=x.device)
+        raise UserError(
+            f"selection: got {selection}, needs TopK or AdaptiveK: it gives no row a k before it is encoded"
+        )
 
     def encode(self, x: Tensor, k: int | Tensor | None = None, *, k_max: int | None = None) -> SparseCodes:
-        """Codes of `x [..., D]`: per row the k largest positive pre-activations; a row with fewer positives has fewer.
+        """Codes of `x [..., D]`, as the selection says, or with a `k` as TopK.
 
         Args:
             x: `[..., D]`, the dtype of the weights.
-            k: an int, an int tensor `[...]`, or None for `k_for(x)`: the probe reads each vector itself. Where it was
-                fitted to read a context as a whole (`config.probe_reads`), give each vector `k_for` of its context.
+            k: None for the selection. Else an int, or an int tensor `[...]`: each row keeps its k largest positive
+                pre-activations, whatever the selection. The probe of AdaptiveK reads each vector itself; where it was
+                fitted to read a context as a whole, give each vector `k_for` of its context.
             k_max: width of the codes, needed for a `k` tensor on an accelerator; else the largest k is read off `k`.
 
         Ties go to the smaller index and NaN is selected, as `aksae_kernels.topk_encode` says; gradients reach every
-        SAE parameter and `x`, and none the probe. Raises TypeError or ValueError as that function does.
+        SAE parameter and `x`, and none the probe or the thresholds. Raises TypeError or ValueError as that function
+        does.
         """
-        if k is None:
-            k, k_max = self.k_for(x), self.k_bound
-        return topk_encode(self.center(x), self.W_enc, self.encoder_bias(), k=k, k_max=k_max)
+        encoder = self.encoder(x)
+        if k is not None:
+            return topk_encode(*encoder, k=k, k_max=k_max)
+        return self.config.selection.encode(self, x, encoder)
 
-    def decode(self, codes: SparseCodes) -> Tensor:
-        """`W_dec z + b_dec` of codes `[..., K]`: `[..., D]`."""
-        return sparse_decode(codes, self.W_dec, self.b_dec)
+    def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
+        """The reconstruction `[..., D_out]` of codes `[..., K]`.
+
+        `x [..., D]`, what was encoded, is needed for a skip connection: ValueError without it.
+        """
+        y = self.decode_scaled(codes, x)
+        return y if self.config.output_scale == 1 else y / self.config.output_scale
+
+    def decode_scaled(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
+        """The same in the units of training, `W_dec z + b_dec`."""
+        y = sparse_decode(codes, self.W_dec, self.b_dec)
+        if self.W_skip is None:
+            return y
+        if x is None:
+            raise ValueError("x: got None, needs what was encoded: this transcoder has a skip connection")
+        return y + self.skip(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction of `x [..., D]`, each row with its own k."""
-        return self.decode(self.encode(x))
+        """The reconstruction of `x [..., D]`."""
+        return self.decode(self.encode(x), x)
+
+    def encoder(self, x: Tensor) -> Encoder:
+        """The operands of the encoder's product on `x`: scaled and centred rows, weight, bias."""
+        return Encoder(self.center(x), self.W_enc, self.encoder_bias())
+
+    def target(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        """What is reconstructed, in the units of training: a transcoder's `target [..., D_out]`, else `x`.
+
+        Raises ValueError for a transcoder without a target, and for an autoencoder with one.
+        """
+        if (target is not None) != self.config.transcoder:
+            got, needs = ("none", "a target") if target is None else ("one", "no target, which is its input")
+            kind = "transcoder" if self.config.transcoder else "autoencoder"
+            raise ValueError(f"target: got {got}, needs {needs}: this SAE is a{'n' * (kind[0] == 'a')} {kind}")
+        scale = self.config.output_scale
+        wanted = x if target is None else target
+        return wanted if scale == 1 else wanted * scale
 
     def center(self, x: Tensor) -> Tensor:
-        """`x - b_dec`, as the encoder reads it. The gradient of this use of `b_dec` flows through `encoder_bias`."""
-        return x - (self.b_dec.detach() if self._trains_b_dec() else self.b_dec)
+        """`s x - b_dec`, as the encoder reads it; `s x` for a transcoder. The gradient of this use of `b_dec` flows
+        through `encoder_bias`."""
+        scaled = x if self.config.input_scale == 1 else x * self.config.input_scale
+        if self.config.transcoder:
+            return scaled
+        return scaled - (self.b_dec.detach() if self._trains_b_dec() else self.b_dec)
 
     def encoder_bias(self) -> Tensor:
         """`b_enc`, plus a zero that carries the gradient of the pre-encoder bias: `-W_enc^T` of the summed gradients.
 
         One matrix-vector product; through `x - b_dec` it would gather k rows of `W_enc` for every row of the batch.
         """
-        if not self._trains_b_dec():
+        if self.config.transcoder or not self._trains_b_dec():
             return self.b_enc
         return self.b_enc - F.linear(self.b_dec - self.b_dec.detach(), self.W_enc.detach())
+
+    def skip(self, x: Tensor) -> Tensor:
+        """`W_skip s x`."""
+        weight = self.get_parameter("W_skip")
+        return F.linear(x if self.config.input_scale == 1 else x * self.config.input_scale, weight)
 
     def _trains_b_dec(self) -> bool:
         return torch.is_grad_enabled() and self.b_dec.requires_grad
 
+    @torch.no_grad()
+    def to_precision(self, dtype: torch.dtype) -> None:
+        """Weights and biases to `dtype`, in place. What `Selection.exact` names is not rounded, as `to` would do."""
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if name not in self.config.selection.exact:
+                tensor.data = tensor.data.to(dtype)
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, probe and map to `folder`: `sae.safetensors` and `config.json`, each replaced as a whole."""
+        """Write weights and config to `folder`: `sae.safetensors` and `config.json`, each replaced as a whole."""
         save_checkpoint(Path(folder), self.state_dict(), to_dict(self.config))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> AdaptiveKSAE:
-        """The SAE that `save_pretrained` wrote to `folder`, on the CPU.
+    def from_pretrained(cls, folder: str | Path) -> SAE:
+        """The SAE that `save_pretrained` wrote to `folder`, version 0.1's too, on the CPU and in eval mode.
 
         Raises UserError for a missing or truncated file, a config that does not fit, or a tensor of another shape,
         naming the file, the tensor or field, what it got and what it needs.
         """
         path = Path(folder) / CONFIG
-        config = from_dict(SAEConfig, read_json(path), str(path))
+        config: Any = from_dict(SAEConfig, read_json(path), str(path))
         with torch.device("meta"):
             shell = cls(config)
-        shell.load_state_dict(load_checkpoint(Path(folder), shell.state_dict()), assign=True)
-        return shell
+        shell.load_state_dict(load_checkpoint(Path(folder), shell.state_dict(), config.selection.exact), assign=True)
+        return shell.eval()
+
+
+AdaptiveKSAE = SAE
+"""The name of version 0.1, when AdaptiveK and TopK were all there was."""
 
 
 def geometric_median(x: Tensor, *, max_iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
@@ -140,3 +216,8 @@ def geometric_median(x: Tensor, *, max_iterations: int = 100, tolerance: float =
         if torch.linalg.vector_norm(step) <= tolerance * distance.mean():
             break
     return median
+
+
+def _directions(n: int, width: int, generator: torch.Generator | None) -> Tensor:
+    """`[n, width]` random rows of unit norm."""
+    return F.normalize(torch.empty(n, width).uniform_(-1, 1, generator=generator), dim=-1)

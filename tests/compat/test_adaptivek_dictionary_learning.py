@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from aksae import AdaptiveKSAE, SAEConfig, UserError, formats
+from aksae import AdaptiveK, AdaptiveKSAE, KMap, SAEConfig, TopK, UserError, formats
 from aksae.probe import ComplexityProbe
 
 pytest.importorskip("dictionary_learning", reason="needs the host: pip install dictionary-learning==0.1.0")
@@ -32,15 +32,19 @@ def make_probe() -> ComplexityProbe:
     return probe
 
 
-def make_adaptivek(**fields) -> AdaptiveKSAE:
-    config = SAEConfig(D, F, **{"k_min": 2, "k_max": K_MAX, "probe_reads": "token", **fields})
-    sae = AdaptiveKSAE(config, generator=torch.Generator().manual_seed(1))
+def make_adaptivek(selection=None, **k_map) -> AdaptiveKSAE:
+    selection = selection or AdaptiveK(KMap(2, K_MAX, **k_map), "token")
+    sae = AdaptiveKSAE(SAEConfig(D, F, selection), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         for seed, tensor in enumerate((sae.b_enc, sae.b_dec, sae.W_enc)):
             tensor.copy_(randn(*tensor.shape, seed=10 + seed))
         if sae.probe is not None:
             sae.probe.load_state_dict(make_probe().state_dict())
     return sae
+
+
+def transcoder() -> AdaptiveKSAE:
+    return AdaptiveKSAE(SAEConfig(D, F, AdaptiveK(KMap(2, K_MAX)), d_out=D))
 
 
 def make(**fields) -> AutoEncoderAdaptiveK:
@@ -92,12 +96,13 @@ def test_conversion_there_and_back_is_exact():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: AutoEncoderAdaptiveK.from_adaptivek(make_adaptivek(k=5)), "sae: got a fixed k = 5"),
+        (lambda: AutoEncoderAdaptiveK.from_adaptivek(make_adaptivek(TopK(5))), "sae: got TopK, k = 5, needs AdaptiveK"),
+        (lambda: AutoEncoderAdaptiveK.from_adaptivek(transcoder()), "sae: got a transcoder, needs an autoencoder"),
         (lambda: make(k_min=30), "k_min: got 30, needs at most k_max = 24"),
         (lambda: AutoEncoderAdaptiveK(D, F, F + 1), "k_max: got 129, needs a number from 0 to d_sae = 128"),
         (lambda: make(score_max=8.0), "probe: got .* needs .*8.0"),
     ],
-    ids=["fixed k", "k_min", "k_max", "score range"],
+    ids=["fixed k", "transcoder", "k_min", "k_max", "score range"],
 )
 def test_what_cannot_be_is_refused(build, message):
     with pytest.raises(UserError, match=message):
@@ -293,10 +298,10 @@ def test_the_map_survives_a_cast(tmp_path):
     ae = make(steepness=5.3).to(torch.bfloat16)
     torch.save(ae.state_dict(), tmp_path / "ae.pt")
     loaded = AutoEncoderAdaptiveK.from_pretrained(tmp_path / "ae.pt")
-    assert loaded.to_adaptivek().config.steepness == 5.3
+    assert loaded.to_adaptivek().config.selection.k_map.steepness == 5.3
     other = make()
     other.load_state_dict(ae.state_dict())
-    assert other.to_adaptivek().config.steepness == 5.3
+    assert other.to_adaptivek().config.selection.k_map.steepness == 5.3
 
 
 def test_a_row_without_latents_ends_the_hosts_threshold():

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from aksae import AdaptiveKSAE, SAEConfig, UserError
+from aksae import AdaptiveK, AdaptiveKSAE, KMap, SAEConfig, TopK, UserError
 from aksae.probe import ComplexityProbe
 from safetensors.torch import load_file
 
@@ -26,10 +26,10 @@ D, F, K_MAX = 16, 128, 24
 BOTH = pytest.mark.parametrize("cls", [AdaptiveKSAELens, AdaptiveKTrainingSAELens])
 
 
-def make_adaptivek(dtype=torch.float32, **fields) -> AdaptiveKSAE:
+def make_adaptivek(selection=None, **k_map) -> AdaptiveKSAE:
     generator = torch.Generator().manual_seed(1)
-    config = SAEConfig(D, F, **{"k_min": 2, "k_max": K_MAX, "probe_lambda": 3.0, "probe_reads": "token", **fields})
-    sae = AdaptiveKSAE(config, generator=generator).to(dtype)
+    selection = selection or AdaptiveK(KMap(2, K_MAX, **k_map), "token", probe_lambda=3.0)
+    sae = AdaptiveKSAE(SAEConfig(D, F, selection), generator=generator)
     with torch.no_grad():
         for tensor in (sae.b_enc, sae.b_dec, sae.W_enc):
             tensor.normal_(generator=generator)
@@ -37,6 +37,10 @@ def make_adaptivek(dtype=torch.float32, **fields) -> AdaptiveKSAE:
             sae.probe.weight.normal_(generator=generator)
             sae.probe.bias.fill_(5.0)
     return sae
+
+
+def scaled() -> AdaptiveKSAE:
+    return AdaptiveKSAE(SAEConfig(D, F, AdaptiveK(KMap(2, K_MAX)), input_scale=2.0, output_scale=2.0))
 
 
 def make_probe(scale=1.0) -> ComplexityProbe:
@@ -102,7 +106,8 @@ def test_conversion_without_b_dec_in_the_encoder():
 @pytest.mark.parametrize(
     ("convert", "message"),
     [
-        (lambda: AdaptiveKSAELens.from_adaptivek(make_adaptivek(k=5)), "sae: got a fixed k = 5"),
+        (lambda: AdaptiveKSAELens.from_adaptivek(make_adaptivek(TopK(5))), "sae: got TopK, k = 5, needs AdaptiveK"),
+        (lambda: AdaptiveKSAELens.from_adaptivek(scaled()), "sae: got input_scale = 2, needs 1"),
         (
             lambda: make_training(normalize_activations="expected_average_only_in").to_adaptivek(),
             "normalize_activations: got expected_average_only_in, needs none",
@@ -113,7 +118,7 @@ def test_conversion_without_b_dec_in_the_encoder():
         (lambda: make_training(score_max=8.0), "probe: got .* needs .*8.0"),
         (lambda: make_training().set_probe(ComplexityProbe(D + 1)), "probe: got .*17"),
     ],
-    ids=["fixed k", "normalised", "k_max", "k_min", "aux", "score range", "probe width"],
+    ids=["fixed k", "scaled", "normalised", "k_max", "k_min", "aux", "score range", "probe width"],
 )
 def test_what_cannot_be_is_refused(convert, message):
     with pytest.raises(UserError, match=message):

@@ -45,6 +45,10 @@ def test_example(path, tmp_path):
 
 
 def test_there_are_examples():
-    assert {"accelerate_dictionary_learning", "accelerate_overcomplete", "adaptivek_in_sae_lens", "latent_cache"} <= {
-        path.stem for path in EXAMPLES
-    }
+    assert {
+        "accelerate_dictionary_learning",
+        "accelerate_overcomplete",
+        "adaptivek_in_sae_lens",
+        "fit_own_activations",
+        "latent_cache",
+    } <= {path.stem for path in EXAMPLES}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from aksae import AdaptiveKSAE, SAEConfig, formats
+from aksae import AdaptiveK, AdaptiveKSAE, KMap, SAEConfig, TopK, formats
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -221,7 +221,8 @@ def test_sae_lens_reshapes_what_reads_heads(sae_lens, tmp_path):
 
 
 def adaptive() -> AdaptiveKSAE:
-    model = AdaptiveKSAE(SAEConfig(D_IN, D_SAE, k_min=1, k_max=20, steepness=4.0, score_max=8.0, probe_reads="token"))
+    k_map = KMap(k_min=1, k_max=20, steepness=4.0, score_max=8.0)
+    model = AdaptiveKSAE(SAEConfig(D_IN, D_SAE, AdaptiveK(k_map, probe="token")))
     randomised(model).probe.bias.data.fill_(4)
     assert len(model.k_for(X).unique()) > 5
     return model
@@ -576,7 +577,7 @@ def test_circuit_tracer_reads_what_is_written(circuit_tracer, tmp_path, activati
 
 
 def test_a_model_goes_through_every_host_and_comes_back(sparsify, sae_lens, dictionary_learning, tmp_path):
-    model = AdaptiveKSAE(SAEConfig(D_IN, D_SAE, k=K), generator=torch.Generator().manual_seed(0))
+    model = AdaptiveKSAE(SAEConfig(D_IN, D_SAE, TopK(K)), generator=torch.Generator().manual_seed(0))
     randomised(model)
     formats.save(model, tmp_path / "a", "sparsify")
     sparsify.SparseCoder.load_from_disk(tmp_path / "a").save_to_disk(tmp_path / "b")

@@ -12,11 +12,9 @@ import types
 import numpy as np
 import pytest
 import torch
-from aksae import AdaptiveKSAE, SAEConfig, UserError
+from aksae import AdaptiveK, AdaptiveKSAE, KMap, SAEConfig, UserError
 from aksae.hosts.latent_cache import LatentCache
 from safetensors.numpy import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from aksae_kernels import SparseCodes
 
@@ -28,7 +26,7 @@ def randn(*shape, seed=0):
 
 
 def make_sae(seed=1) -> AdaptiveKSAE:
-    sae = AdaptiveKSAE(SAEConfig(D, F, k_min=2, k_max=24), generator=torch.Generator().manual_seed(seed))
+    sae = AdaptiveKSAE(SAEConfig(D, F, AdaptiveK(KMap(2, 24))), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         sae.probe.weight.copy_(randn(D, seed=2))
         sae.probe.bias.fill_(5.0)
@@ -184,20 +182,7 @@ def test_an_index_out_of_range(index):
         cache.add(torch.zeros(1, 1).int(), {"h": torch.zeros(1, 1, D)})
 
 
-class Largest(TorchDispatchMode):
-    """Entries of the largest strided tensor that torch makes in the block."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
-                self.entries = max(self.entries, tensor.numel())
-        return result
-
-
-def test_never_dense(tmp_path, monkeypatch):
+def test_never_dense(tmp_path, monkeypatch, largest):
     """At 2**24 latents the 4096 tokens of this batch would be 256 GB dense."""
     d_sae, rows, width = 2**24, 4096, 32
     monkeypatch.setattr(SparseCodes, "to_dense", lambda *_: pytest.fail("dense latents were made"))
@@ -206,11 +191,11 @@ def test_never_dense(tmp_path, monkeypatch):
     counts = torch.randint(0, width + 1, (rows,), generator=generator)
     values = torch.rand(rows, width, generator=generator) + 0.1
     cache = from_codes(values, indices, counts, d_sae)
-    with Largest() as largest:
+    with largest() as made:
         cache.add(torch.zeros(8, 512, dtype=torch.int64), {"h": torch.zeros(8, 512, 1)})
         cache.save(tmp_path / "narrow", model_name="tiny", n_splits=256)
         cache.save(tmp_path / "wide", model_name="tiny", n_splits=2)
-    assert rows * width / 2 < largest.entries <= 3 * rows * width
+    assert rows * width / 2 < made.elements <= 3 * rows * width
     fired = {
         (row // 512, row % 512, int(at)): float(value.half())
         for row in range(rows)

@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from aksae import AdaptiveKSAE, SAEConfig, UserError
+from aksae import AdaptiveK, AdaptiveKSAE, KMap, SAEConfig, TopK, UserError
 from aksae.hosts import _codes
 from aksae.hosts.sae_bench import SAEBenchAdapter
 from torch import nn
@@ -23,7 +23,8 @@ def randn(*shape, seed=0):
 
 
 def make_sae(k=None) -> AdaptiveKSAE:
-    sae = AdaptiveKSAE(SAEConfig(D, F, k=k, k_min=2, k_max=K_MAX), generator=torch.Generator().manual_seed(1))
+    selection = TopK(k) if k else AdaptiveK(KMap(2, K_MAX))
+    sae = AdaptiveKSAE(SAEConfig(D, F, selection), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         sae.b_enc.copy_(0.1 * randn(F, seed=2))
         sae.b_dec.copy_(randn(D, seed=3))
@@ -87,7 +88,7 @@ def negative(acts):
         (lambda acts: acts * torch.tensor([True, False, True])[:, None], True),
         (lambda acts: acts[:0], True),
         (lambda acts: torch.zeros_like(acts), True),
-        (negative, False),
+        (negative, True),
         (lambda acts: acts + 0.5, False),
         (lambda acts: acts.detach().requires_grad_(), False),
     ],
@@ -134,6 +135,19 @@ def test_a_decoder_can_be_trained_through_it():
 def test_something_else_is_refused(sae):
     with pytest.raises(UserError, match=r"sae: got shapes .* needs W_enc and W_dec \[F, D\]"):
         SAEBenchAdapter(sae, model_name="gpt2", hook_layer=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "got"),
+    [
+        ({"input_scale": 2.0, "output_scale": 2.0}, "input_scale = 2, needs 1"),
+        ({"d_out": D}, "a transcoder, needs an autoencoder"),
+    ],
+    ids=["scaled", "transcoder"],
+)
+def test_what_would_decode_to_something_else_is_refused(fields, got):
+    with pytest.raises(UserError, match=f"sae: got {got}"):
+        SAEBenchAdapter(AdaptiveKSAE(SAEConfig(D, F, TopK(4), **fields)), model_name="gpt2", hook_layer=0)
 
 
 # ---------------------------------------------------------------------------------------------- the real SAEBench

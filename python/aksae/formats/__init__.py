@@ -13,6 +13,9 @@
 | gemma_scope, read   | `params.npz`; or `params.safetensors`      | JumpReLU                | JumpReLU; skip       |
 | llama_scope, read   | `hyperparams.json`, `final.safetensors`    | TopK, JumpReLU, ReLU    | TopK, JumpReLU, ReLU |
 
+SAEs that `aksae.fit` has trained are read from the native format whatever they are: BatchTopK, and Matryoshka as the
+BatchTopK in it, is its threshold, and the scale of activations is folded into the weights.
+
 What a file means is converted, not only its names: an SAE keeps its latents and its output, or it is refused with the
 reason. Where a host lacks a part, it is folded into the weights, and `notes` say so. A module for each format has
 `unpack`, and `needs` and `pack` if it is written, too; `finding` tells the formats apart.
@@ -30,7 +33,7 @@ from typing import Any, Literal, get_args
 from ..config import to_dict
 from ..errors import UserError
 from ..files import CONFIG, WEIGHTS, write_files
-from ..sae import AdaptiveKSAE
+from ..sae import SAE
 from . import (
     adaptivek,
     circuit_tracer,
@@ -118,7 +121,7 @@ def load(path: str | Path, format: Format | None = None, **assumptions: Any) -> 
 
 
 def save(
-    sae: StoredSAE | AdaptiveKSAE, path: str | Path, format: WrittenFormat = "native", *, overwrite: bool = False
+    sae: StoredSAE | SAE, path: str | Path, format: WrittenFormat = "native", *, overwrite: bool = False
 ) -> tuple[str, ...]:
     """Write `sae` to `path`; its files are complete before the first takes its place, and the weights do so last.
 
@@ -141,7 +144,7 @@ def save(
     """
     path, module = Path(path), _module(format, WRITTEN)
     _check_destination(path, module, format, overwrite)
-    if isinstance(sae, AdaptiveKSAE):
+    if isinstance(sae, SAE):
         sae = _unpacked("native", {CONFIG: to_dict(sae.config), WEIGHTS: sae.state_dict()}, {}, {})
     origin = sae.origin
     # What was given stands in no file of the origin's.

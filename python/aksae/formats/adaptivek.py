@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import ProbeReads, SAEConfig, validate_sae
+from .. import selections
+from ..config import ProbeReads
 from ..errors import UserError
+from ..k_policy import KMap
 from .folding import Needs, left_out
 from .native import probe_of
 from .reading import Fields, Tensors, agree, assumed
@@ -30,7 +32,7 @@ def unpack(
     probe_reads: ProbeReads | None = None,
     probe_lambda: float | None = None,
 ) -> StoredSAE:
-    """The arguments are what the files leave open, named as in `SAEConfig`; None stands for the authors' values."""
+    """The arguments are what the files leave open, named as in `TrainConfig`; None stands for the authors' values."""
     given = {"steepness": steepness, "score_min": score_min, "score_max": score_max, "probe_reads": probe_reads}
     taken = {name: value for name, value in _ASSUMED.items() if given[name] is None}
     tensors = Tensors(_WEIGHTS, files[_WEIGHTS])
@@ -48,19 +50,14 @@ def unpack(
     fields = Fields(_CONFIG, files[_CONFIG])
     agree(_CONFIG, "activation_dim", fields.take("activation_dim", int, d_in), d_in)
     agree(_CONFIG, "dict_size", fields.take("dict_size", int, d_sae), d_sae)
-    config = SAEConfig(
-        d_in,
-        d_sae,
-        k_min=fields.take("min_k", int),
-        k_max=fields.take("max_k", int),
-        **{**given, **taken},
-        probe_lambda=probe_lambda,
-    )
-    validate_sae(config)
+    k_map = {**given, **taken, "k_min": fields.take("min_k", int), "k_max": fields.take("max_k", int)}
+    reads = k_map.pop("probe_reads")
+    selection = selections.AdaptiveK(KMap(**k_map), reads, probe_lambda)
+    selection.check(d_sae)
     return StoredSAE(
         W_enc,
         **weights,
-        activation=AdaptiveK(probe_of(weight, bias, config), config),
+        activation=AdaptiveK(probe_of(weight, bias, selection), selection),
         subtract_b_dec=True,
         notes=(assumed(taken),) if taken else (),
     )
@@ -71,10 +68,10 @@ def needs(sae: StoredSAE) -> Needs:
 
 
 def pack(sae: StoredSAE) -> dict[str, Any]:
-    config, probe = sae.activation.config, sae.activation.probe.state_dict()
+    k_map, probe = sae.activation.selection.k_map, sae.activation.probe.state_dict()
     for name, value in _MAP.items():
-        if getattr(config, name) != value:
-            got = f"{getattr(config, name):g}"
+        if getattr(k_map, name) != value:
+            got = f"{getattr(k_map, name):g}"
             raise UserError(f"{name}: got {got}, needs {value:g}, all that the authors' code knows")
     return {
         _CONFIG: {
@@ -82,8 +79,8 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
             "dict_size": sae.d_sae,
             # The authors' default; their map does not use it.
             "base_k": 80,
-            "min_k": config.k_min,
-            "max_k": config.k_max,
+            "min_k": k_map.k_min,
+            "max_k": k_map.k_max,
             "trainer_type": "DynamicTopKTrainer",
         },
         _PROBE: {"weights": probe["weight"][:, None], "bias": probe["bias"][None]},

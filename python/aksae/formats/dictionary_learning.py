@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import SAEConfig, validate_sae
+from .. import selections
 from ..errors import UserError
+from ..k_policy import KMap
 from .folding import Needs, left_out
 from .native import probe_of, probe_tensors
 from .reading import Fields, Tensors, agree, whole
@@ -82,7 +83,7 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
         kind, config["k"] = "AutoEncoderTopK", sae.activation.k
         tensors = {"b_dec": sae.b_dec, **_buffers(sae.activation.k), **linear}
     elif isinstance(sae.activation, AdaptiveK):
-        own = sae.activation.config
+        own = sae.activation.selection.k_map
         score_to_k = [float(getattr(own, name)) for name in _MAP]
         kind, config["k"] = "AutoEncoderAdaptiveK", own.k_max
         tensors = {"b_dec": sae.b_dec, **_buffers(own.k_max), **probe_tensors(sae), **linear}
@@ -124,9 +125,10 @@ def _activation(kind: str, fields: Fields, tensors: Tensors, W_enc: Tensor) -> A
         score_to_k = dict(zip(_MAP, tensors.take("_extra_state", len(_MAP), any_float=True).tolist(), strict=True))
         for name in ("k_min", "k_max"):
             score_to_k[name] = whole(f"{_WEIGHTS}: tensor _extra_state: {name}", score_to_k[name])
-        config = SAEConfig(d_in, d_sae, **score_to_k, probe_reads="token")
-        validate_sae(config)
-        return AdaptiveK(probe_of(tensors.take("probe.weight", d_in), tensors.take("probe.bias"), config), config)
+        selection = selections.AdaptiveK(KMap(**score_to_k), "token")
+        selection.check(d_sae)
+        weight, bias = tensors.take("probe.weight", d_in), tensors.take("probe.bias")
+        return AdaptiveK(probe_of(weight, bias, selection), selection)
     if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
         # Out of training they keep what is above one threshold, learned for a k that then plays no part.
         return JumpReLU(tensors.take("threshold", any_float=True).expand(d_sae))

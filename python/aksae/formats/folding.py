@@ -75,7 +75,7 @@ def left_out(activation: Activation, read_as: str) -> str:
     """
     if not isinstance(activation, AdaptiveK):
         return ""
-    reads, penalty = activation.config.probe_reads, activation.config.probe_lambda
+    reads, penalty = activation.selection.probe, activation.selection.probe_lambda
     if reads == "mean":
         raise UserError("probe_reads: got mean, needs last or token: the host's probe reads single vectors")
     parts = [f"probe_reads = {reads}"] * (reads != read_as) + [f"probe_lambda = {penalty}"] * (penalty is not None)

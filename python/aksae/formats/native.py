@@ -1,4 +1,4 @@
-"""This project's own folders: `config.json` and `sae.safetensors`, as `AdaptiveKSAE.save_pretrained` writes them."""
+"""This project's own folders: `config.json` and `sae.safetensors`, as `SAE.save_pretrained` writes them."""
 
 from __future__ import annotations
 
@@ -6,31 +6,61 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import selections
 from ..config import SAEConfig, from_dict, to_dict, validate_sae
 from ..files import CONFIG, WEIGHTS
 from ..probe import ComplexityProbe
 from .folding import Needs, exactly
 from .reading import Tensors
-from .stored import AdaptiveK, StoredSAE, TopK
+from .stored import Activation, AdaptiveK, JumpReLU, StoredSAE, TopK
 
 
 def unpack(files: dict[str, Any]) -> StoredSAE:
     config = from_dict(SAEConfig, files[CONFIG], CONFIG)
     validate_sae(config)
     tensors = Tensors(WEIGHTS, files[WEIGHTS])
-    W_enc = tensors.take("W_enc", config.d_sae, config.d_in)
     weights = {
+        "W_enc": tensors.take("W_enc", config.d_sae, config.d_in),
         "b_enc": tensors.take("b_enc", config.d_sae),
-        "W_dec": tensors.take("W_dec", config.d_sae, config.d_in),
-        "b_dec": tensors.take("b_dec", config.d_in),
+        "W_dec": tensors.take("W_dec", config.d_sae, config.width_out),
+        "b_dec": tensors.take("b_dec", config.width_out),
     }
-    if config.k is None:
-        weight, bias = tensors.take("probe.weight", config.d_in), tensors.take("probe.bias")
-        activation = AdaptiveK(probe_of(weight, bias, config), config)
-    else:
-        activation = TopK(config.k)
+    notes = []
+    if config.skip:
+        W_skip, scale = tensors.take("W_skip", config.width_out, config.d_in), config.input_scale / config.output_scale
+        # It reads scaled activations here, and what it adds is scaled back.
+        weights["W_skip"] = W_skip if scale == 1 else W_skip * scale
+        notes += [f"activations' scales folded into W_skip as {scale:.6g}"] * (scale != 1)
+    activation, note = _activation(config, tensors)
     tensors.finish()
-    return StoredSAE(W_enc, **weights, activation=activation, subtract_b_dec=True)
+    return StoredSAE(
+        **weights,
+        activation=activation,
+        subtract_b_dec=not config.transcoder,
+        transcoder=config.transcoder,
+        input_scale=config.input_scale,
+        output_scale=config.output_scale,
+        notes=(*notes, *([note] if note else [])),
+    )
+
+
+def _activation(config: SAEConfig, tensors: Tensors) -> tuple[Activation, str]:
+    """What the selection does at inference, and what of that no other format says."""
+    selection = config.selection
+    if isinstance(selection, selections.AdaptiveK):
+        weight, bias = tensors.take("probe.weight", config.d_in), tensors.take("probe.bias")
+        return AdaptiveK(probe_of(weight, bias, selection), selection), ""
+    if isinstance(selection, selections.TopK):
+        return TopK(selection.k), ""
+    if isinstance(selection, selections.JumpReLU):
+        threshold = tensors.take("log_threshold", config.d_sae, any_float=True).exp()
+    else:
+        # One threshold for all latents is what BatchTopK keeps of training.
+        threshold = tensors.take("threshold", any_float=True).expand(config.d_sae)
+        tensors.pop("threshold_steps")
+    width = selection.width(config.d_sae)
+    note = f"left out: {selection} keeps at most {width} latents of a row" if width < config.d_sae else ""
+    return JumpReLU(threshold), note
 
 
 def needs(sae: StoredSAE) -> Needs:
@@ -40,10 +70,11 @@ def needs(sae: StoredSAE) -> Needs:
 def pack(sae: StoredSAE) -> dict[str, Any]:
     tensors = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     if isinstance(sae.activation, TopK):
-        config = SAEConfig(sae.d_in, sae.d_sae, k=sae.activation.k)
+        selection = selections.TopK(sae.activation.k)
     else:
-        config = sae.activation.config
+        selection = sae.activation.selection
         tensors |= probe_tensors(sae)
+    config = SAEConfig(sae.d_in, sae.d_sae, selection)
     validate_sae(config)
     return {CONFIG: to_dict(config), WEIGHTS: tensors}
 
@@ -54,8 +85,8 @@ def probe_tensors(sae: StoredSAE) -> dict[str, Tensor]:
     return {name: exactly(tensor, sae.W_enc.dtype, name) for name, tensor in tensors.items()}
 
 
-def probe_of(weight: Tensor, bias: Tensor, config: SAEConfig) -> ComplexityProbe:
+def probe_of(weight: Tensor, bias: Tensor, selection: selections.AdaptiveK) -> ComplexityProbe:
     """The probe with `weight [D]` and `bias []`, shared with it."""
-    probe = ComplexityProbe(config.d_in, config.score_min, config.score_max)
+    probe = ComplexityProbe(len(weight), selection.k_map.score_min, selection.k_map.score_max)
     probe.load_state_dict({"weight": weight, "bias": bias}, assign=True)
     return probe.requires_grad_(False)

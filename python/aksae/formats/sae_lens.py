@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import SAEConfig, from_dict, to_dict, validate_sae
+from ..config import FLAT, flat_selection, selection_of
 from ..errors import UserError
 from .folding import Needs, exactly
 from .native import probe_of, probe_tensors
@@ -22,8 +22,6 @@ _NAMES = {TopK: "topk", AdaptiveK: "adaptivek", JumpReLU: "jumprelu", ReLU: "sta
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 # The last two are training's; for inference SAELens itself saves their SAEs as JumpReLU.
 _ARCHITECTURES = ("standard", "topk", "jumprelu", "adaptivek", *_TRANSCODERS, "batchtopk", "matryoshka_batchtopk")
-# Of `adaptivek`, as in this project's own SAEConfig.
-_MAP = ("k_min", "k_max", "steepness", "score_min", "score_max", "probe_reads", "probe_lambda")
 _INPUT_NORMS = ("none", "layer_norm", "constant_norm_rescale")
 # Applied by whoever runs the SAE, and made part of it by SAELens' own `fold_...` methods.
 _OUTSIDE = ("expected_average_only_in", "covariance_whitening")
@@ -97,7 +95,7 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
         if sae.W_skip is not None:
             tensors["W_skip"] = sae.W_skip
     elif architecture == "adaptivek":
-        config |= {name: value for name, value in to_dict(sae.activation.config).items() if name in _MAP}
+        config |= flat_selection(sae.activation.selection)
         tensors |= probe_tensors(sae)
     elif architecture == "topk":
         config |= {"k": sae.activation.k, "rescale_acts_by_decoder_norm": sae.decoder_norm == "codes"}
@@ -134,11 +132,10 @@ def _activation(architecture: str, k: int | None, fields: Fields, tensors: Tenso
         return TopK(k)
     if architecture == "adaptivek":
         d_sae, d_in = W_enc.shape
-        given = {name: fields.get(name) for name in _MAP if fields.get(name) is not None}
-        config = from_dict(SAEConfig, {"d_in": d_in, "d_sae": d_sae, **given}, _CONFIG)
-        validate_sae(config)
+        selection = selection_of({name: fields.get(name) for name in FLAT if fields.get(name) is not None}, _CONFIG)
+        selection.check(d_sae)
         weight, bias = tensors.take("probe.weight", d_in), tensors.take("probe.bias")
-        return AdaptiveK(probe_of(weight, bias, config), config)
+        return AdaptiveK(probe_of(weight, bias, selection), selection)
     if "batchtopk" in architecture:
         # Rounded to the weights' dtype, as SAELens does when it saves the SAE for inference.
         return JumpReLU(tensors.take("topk_threshold", any_float=True).to(W_enc.dtype).expand(len(W_enc)))

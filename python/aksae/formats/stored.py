@@ -13,9 +13,8 @@ from torch import Tensor
 
 from aksae_kernels import SparseCodes, sparse_decode, threshold_select, topk_encode, topk_select
 
-from ..config import SAEConfig
+from .. import selections
 from ..errors import UserError
-from ..k_policy import k_of_score
 from ..probe import ComplexityProbe
 
 # As SAELens and OpenAI divide: x / (std + eps), and back by std alone.
@@ -44,24 +43,24 @@ class TopK:
 
 @dataclass(frozen=True, eq=False)
 class AdaptiveK:
-    """The k largest positive scores of a row, k read off the row by `probe` and the map in `config`."""
+    """The k largest positive scores of a row, k read off the row by `probe` and the map of `selection`."""
 
     probe: ComplexityProbe
-    config: SAEConfig
+    selection: selections.AdaptiveK
 
     @torch.no_grad()
     def k_for(self, x: Tensor) -> Tensor:
-        return k_of_score(self.probe(x), self.config)
+        return self.selection.k_map(self.probe(x))
 
     @property
     def k_bound(self) -> int:
-        return self.config.k_max
+        return self.selection.k_map.k_max
 
     def to(self, *args: Any, **kwargs: Any) -> AdaptiveK:
         return replace(self, probe=deepcopy(self.probe).to(*args, **kwargs))
 
     def __str__(self) -> str:
-        return f"AdaptiveK, k = {self.config.k_min}..{self.config.k_max}"
+        return str(self.selection)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ Tested with dictionary-learning 0.1.0.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from aksae_kernels import SparseCodes, sparse_decode, topk_encode, topk_select
 from ..config import SAEConfig, validate_sae
 from ..errors import UserError
 from ..files import read_pickle
-from ..k_policy import score_to_k
+from ..k_policy import KMap
 from ..probe import ComplexityProbe
 from ..sae import AdaptiveKSAE
+from ..selections import AdaptiveK
+from ._checks import adaptive_selection
 from ._codes import decode_dense
 
 
@@ -88,7 +91,7 @@ class AutoEncoderAdaptiveK(Dictionary, nn.Module):
     @torch.no_grad()
     def k_for(self, x: Tensor) -> Tensor:
         """k of each vector of `x [..., D]`, `[...]` int32."""
-        return score_to_k(self.probe(x), **self._map)
+        return self._map(self.probe(x))
 
     def encode(
         self, x: Tensor, return_topk: bool = False, use_threshold: bool = False
@@ -107,7 +110,7 @@ class AutoEncoderAdaptiveK(Dictionary, nn.Module):
             return self._codes(x).to_dense(self.dict_size)
         pre_acts = self.encoder(x - self.b_dec)
         post_relu = F.relu(pre_acts)
-        codes = topk_select(pre_acts, self.k_for(x), self._map["k_max"])
+        codes = topk_select(pre_acts, self.k_for(x), self._map.k_max)
         acts = post_relu * (post_relu > self.threshold) if use_threshold else codes.to_dense(self.dict_size)
         return (acts, *_fired(codes), post_relu) if return_topk else acts
 
@@ -163,20 +166,10 @@ class AutoEncoderAdaptiveK(Dictionary, nn.Module):
     def from_adaptivek(cls, sae: AdaptiveKSAE) -> AutoEncoderAdaptiveK:
         """The dictionary with the weights, probe and map of `sae`, copied, on its device and in its dtype.
 
-        Raises UserError for a fixed `sae.config.k`: that is the host's `AutoEncoderTopK`.
+        Raises UserError for another selection than AdaptiveK, a transcoder, or scaled activations.
         """
-        config = sae.config
-        if config.k is not None:
-            raise UserError(f"sae: got a fixed k = {config.k}, needs a probe: a fixed k is AutoEncoderTopK's")
-        ae = cls(
-            config.d_in,
-            config.d_sae,
-            config.k_max,
-            k_min=config.k_min,
-            steepness=config.steepness,
-            score_min=config.score_min,
-            score_max=config.score_max,
-        ).to(sae.W_enc.device, sae.W_enc.dtype)
+        given = dataclasses.asdict(adaptive_selection(sae).k_map)
+        ae = cls(sae.config.d_in, sae.config.d_sae, given.pop("k_max"), **given).to(sae.W_enc.device, sae.W_enc.dtype)
         tensors = sae.state_dict()
         for name, own in ae._tensors().items():
             own.copy_(tensors[name])
@@ -184,32 +177,26 @@ class AutoEncoderAdaptiveK(Dictionary, nn.Module):
 
     @torch.no_grad()
     def to_adaptivek(self) -> AdaptiveKSAE:
-        """The `AdaptiveKSAE` with these weights, probe and map, copied; its `config.probe_reads` is `token`."""
+        """The `AdaptiveKSAE` with these weights, probe and map, copied; its probe reads tokens."""
         with torch.device("meta"):
-            sae = AdaptiveKSAE(SAEConfig(self.activation_dim, self.dict_size, probe_reads="token", **self._map))
+            sae = AdaptiveKSAE(SAEConfig(self.activation_dim, self.dict_size, AdaptiveK(self._map, "token")))
         sae.load_state_dict({name: own.clone() for name, own in self._tensors().items()}, assign=True)
         return sae
 
     def get_extra_state(self) -> Tensor:
         """The map as it goes into the state dict: float64, which no cast of the module rounds."""
-        return torch.tensor(list(self._map.values()), dtype=torch.float64)
+        return torch.tensor(dataclasses.astuple(self._map), dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         k_min, k_max, *others = state.tolist()
         self._set_map(int(k_min), int(k_max), *others)
-        self.probe.score_min, self.probe.score_max = self._map["score_min"], self._map["score_max"]
+        self.probe.score_min, self.probe.score_max = self._map.score_min, self._map.score_max
 
     def _set_map(self, k_min: int, k_max: int, steepness: float, score_min: float, score_max: float) -> None:
-        score_to_k = {
-            "k_min": k_min,
-            "k_max": k_max,
-            "steepness": steepness,
-            "score_min": score_min,
-            "score_max": score_max,
-        }
-        validate_sae(SAEConfig(self.activation_dim, self.dict_size, **score_to_k))
+        k_map = KMap(k_min, k_max, steepness, score_min, score_max)
+        validate_sae(SAEConfig(self.activation_dim, self.dict_size, AdaptiveK(k_map)))
         # Python numbers: reading them off the device in every call would wait for it.
-        self._map = score_to_k
+        self._map = k_map
 
     def _tensors(self) -> dict[str, Tensor]:
         """The parameters under the names and in the shapes of `AdaptiveKSAE`."""
@@ -223,7 +210,7 @@ class AutoEncoderAdaptiveK(Dictionary, nn.Module):
         }
 
     def _codes(self, x: Tensor) -> SparseCodes:
-        k, k_max = self.k_for(x), self._map["k_max"]
+        k, k_max = self.k_for(x), self._map.k_max
         return topk_encode(x - self.b_dec, self.encoder.weight, self.encoder.bias, k=k, k_max=k_max)
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..sae import SAE
+from ._checks import require_unscaled
 from ._codes import decode_dense
 
 
@@ -55,7 +57,7 @@ class SAEBenchAdapter(nn.Module):
     rounded too, and k moves by about one.
 
     Args:
-        sae: an `AdaptiveKSAE`, with a probe or a fixed k, or a module with `W_enc` and `W_dec` `[F, D]`, `b_enc`,
+        sae: an `aksae.SAE`, whatever its selection, or a module with `W_enc` and `W_dec` `[F, D]`, `b_enc`,
             `b_dec`, `encode(x) -> SparseCodes` and `decode(codes) = W_dec codes + b_dec`.
         model_name: the language model, by TransformerLens' name.
         hook_layer: whose activations the SAE reads.
@@ -64,7 +66,7 @@ class SAEBenchAdapter(nn.Module):
         context_size: tokens per context, for evaluations that ask.
 
     Raises:
-        UserError: weights of `sae` missing or of shapes that do not fit.
+        UserError: weights of `sae` missing or of shapes that do not fit, a transcoder, or scaled activations.
     """
 
     def __init__(
@@ -137,6 +139,8 @@ class SAEBenchAdapter(nn.Module):
 
 
 def _check(sae: nn.Module) -> None:
+    if isinstance(sae, SAE):
+        require_unscaled(sae)
     shapes = {
         name: tuple(getattr(getattr(sae, name, None), "shape", ())) for name in ("W_dec", "W_enc", "b_enc", "b_dec")
     }

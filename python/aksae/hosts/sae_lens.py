@@ -7,7 +7,7 @@ everything built on them know it. Tested with sae-lens 6.54.12.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from aksae_kernels import SparseCodes, decode_mse, sparse_decode, topk_encode, topk_select
 
-from ..config import ProbeReads, validate_sae
+from ..config import ProbeReads, flat_selection, k_map_of, validate_sae
 from ..config import SAEConfig as AdaptiveKConfig
 from ..errors import UserError
-from ..k_policy import k_of_score
 from ..probe import ComplexityProbe
 from ..sae import AdaptiveKSAE
+from ..selections import AdaptiveK
+from ._checks import adaptive_selection
 from ._codes import decode_dense
 
 ARCHITECTURE = "adaptivek"
@@ -54,14 +55,12 @@ class _KMapConfig:
         config = self.adaptivek_config()
         validate_sae(config)
         # As plain ints, which a file can hold.
-        self.k_min, self.k_max = config.k_min, config.k_max
+        self.k_min, self.k_max = config.selection.k_map.k_min, config.selection.k_map.k_max
 
     def adaptivek_config(self) -> AdaptiveKConfig:
         """The config of the `AdaptiveKSAE` with this shape and map."""
-        return AdaptiveKConfig(self.d_in, self.d_sae, **{name: getattr(self, name) for name in _MAP_FIELDS})
-
-
-_MAP_FIELDS = tuple(field.name for field in fields(_KMapConfig))
+        selection = AdaptiveK(k_map_of(self), self.probe_reads, self.probe_lambda)
+        return AdaptiveKConfig(self.d_in, self.d_sae, selection)
 
 
 @dataclass(kw_only=True)
@@ -114,7 +113,7 @@ class _AdaptiveK:
     @torch.no_grad()
     def k_for(self, x: Tensor) -> Tensor:
         """k of each vector of `x [..., D]`, `[...]` int32."""
-        return k_of_score(self.probe(x), self.cfg.adaptivek_config())
+        return self.cfg.adaptivek_config().selection.k_map(self.probe(x))
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents of `x [..., D]`, dense `[..., F]`: per row the k largest positive pre-activations."""
@@ -165,19 +164,17 @@ class _AdaptiveK:
     def from_adaptivek(cls, sae: AdaptiveKSAE, metadata: SAEMetadata | None = None):
         """The SAELens SAE with the weights, probe and map of `sae`, copied, on its device and in its dtype.
 
-        Raises UserError for a fixed `sae.config.k`: that is SAELens' architecture `topk`.
+        Raises UserError for another selection than AdaptiveK, a transcoder, or scaled activations.
         """
-        config = sae.config
-        if config.k is not None:
-            raise UserError(f"sae: got a fixed k = {config.k}, needs a probe: a fixed k is SAELens' architecture topk")
+        selection = adaptive_selection(sae)
         own = cls(
             cls._config_class(
-                d_in=config.d_in,
-                d_sae=config.d_sae,
+                d_in=sae.config.d_in,
+                d_sae=sae.config.d_sae,
                 dtype=dtype_to_str(sae.W_enc.dtype),
                 device=str(sae.W_enc.device),
                 metadata=metadata or SAEMetadata(),
-                **{name: getattr(config, name) for name in _MAP_FIELDS},
+                **flat_selection(selection),
             )
         )
         own.W_enc.copy_(sae.W_enc.T)

@@ -1,0 +1,95 @@
+"""BatchTopK: one budget for the batch in training, one threshold at inference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from aksae_kernels import SparseCodes, batch_topk_encode, threshold_encode
+
+from ..distributed import global_min
+from .selection import CAP, Chosen, Encoder, Selection, at_least
+
+if TYPE_CHECKING:
+    from ..sae import SAE
+
+
+@dataclass(frozen=True)
+class BatchTopK(Selection):
+    """The `k B` largest positive pre-activations of a batch of B rows (arXiv 2412.06410).
+
+    A row first keeps its `k_max` largest, then the budget applies. At inference, where a row must not depend on its
+    batch, it keeps what is above one threshold, the running mean of the smallest activation selected in training:
+    `running_threshold`. An SAE that was not trained yet has the threshold 0. `sae.train()` and `sae.eval()` choose
+    between the two.
+    """
+
+    k: int
+    k_max: int | None = None
+    """The most latents of a row; None for 8 k, or d_sae if that is less."""
+    decay: float = 0.999
+    """Of the running mean, after the first steps."""
+    exact: ClassVar[tuple[str, ...]] = ("threshold", "threshold_steps")
+
+    def check(self, d_sae: int) -> None:
+        at_least("k", self.k, 0, d_sae)
+        if self.k_max is not None:
+            at_least("k_max", self.k_max, self.k, d_sae)
+
+    def attach(self, sae: SAE) -> None:
+        sae.register_buffer("threshold", torch.zeros(()))
+        sae.register_buffer("threshold_steps", torch.zeros(()))
+
+    def width(self, d_sae: int) -> int:
+        return min(CAP * self.k, d_sae) if self.k_max is None else self.k_max
+
+    def budget(self) -> float:
+        return self.k
+
+    def encode(self, sae: SAE, x: Tensor, encoder: Encoder) -> SparseCodes:
+        if sae.training:
+            return self.choose(sae, x, encoder, None).codes
+        threshold = sae.threshold.to(encoder.x.dtype)
+        return threshold_encode(*encoder, threshold=threshold, k_max=self.width(sae.config.d_sae))
+
+    def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None) -> Chosen:
+        k = self.k if k is None else k
+        if isinstance(k, Tensor):
+            return Chosen(encoder.topk(k, sae.width(k)))
+        width = min(max(self.width(sae.config.d_sae), k), sae.config.d_sae)
+        return Chosen(batch_topk_encode(*encoder, budget=k * math.prod(x.shape[:-1]), k_max=width))
+
+    @torch.no_grad()
+    def after_step(self, sae: SAE, codes: SparseCodes) -> None:
+        threshold, steps = running_threshold(sae.threshold, sae.threshold_steps, codes, self.decay)
+        sae.threshold.copy_(threshold)
+        sae.threshold_steps.copy_(steps)
+
+    def __str__(self) -> str:
+        return f"BatchTopK, k = {self.k}"
+
+
+def running_threshold(threshold: Tensor, steps: Tensor, codes: SparseCodes, decay: float) -> tuple[Tensor, Tensor]:
+    """The running mean `threshold []` after `steps []` batches, taken on by one, and their number.
+
+        threshold <- d threshold + (1 - d) min(values selected),   d = min(decay, steps / (steps + 9))
+
+    so the first batch replaces the 0 that it starts from, and the mean reaches over a tenth of the steps until it
+    reaches over `1 / (1 - decay)` of them. NaN is left out, and a batch in which nothing else was selected changes
+    nothing. All on the codes' device, without synchronising; in a data-parallel run the smallest of all counts.
+    """
+    live = codes.mask() & (codes.values > 0)
+    smallest = (
+        torch.where(live, codes.values, math.inf).amin() if codes.values.numel() else threshold.new_tensor(math.inf)
+    )
+    smallest = global_min(smallest.to(threshold.dtype))
+    kept = (steps / (steps + 9)).clamp(max=decay)
+    usable = smallest.isfinite()
+    return (
+        torch.where(usable, kept * threshold + (1 - kept) * torch.where(usable, smallest, 0), threshold),
+        steps + usable,
+    )

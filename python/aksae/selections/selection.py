@@ -1,0 +1,104 @@
+"""What every way to choose a row's latents has in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from aksae_kernels import SparseCodes, decode_mse, sparse_decode, topk_encode
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..sae import SAE
+
+CAP = 8
+"""How many times the budget of an average row a row may have, where a selection does not say."""
+
+
+class Encoder(NamedTuple):
+    """The product that a selection selects from: `x @ W_enc.T + b_enc`, with gradients where they are wanted."""
+
+    x: Tensor
+    """`[..., D]`, scaled and centred."""
+    W_enc: Tensor
+    """`[F, D]`."""
+    b_enc: Tensor
+    """`[F]`."""
+
+    def topk(self, k: int | Tensor, k_max: int | None = None) -> SparseCodes:
+        """Each row's k largest positive scores: `topk_encode`."""
+        return topk_encode(self.x, self.W_enc, self.b_enc, k=k, k_max=k_max)
+
+
+class Chosen(NamedTuple):
+    """The codes of a training step, and what they cost beside their error."""
+
+    codes: SparseCodes
+    penalty: Tensor | None = None
+    """`[]`, relative to the variance of what is to be reconstructed; None for a selection that needs none."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How an SAE chooses the latents of a row, in training and at inference.
+
+    A selection is a small frozen dataclass; a new one is one file in `aksae.selections`, named in its `__init__`. What
+    it learns or remembers it registers on the SAE in `attach`, so that checkpoints, devices and dtypes follow.
+    """
+
+    exact: ClassVar[tuple[str, ...]] = ()
+    """Names of what `attach` registers that keeps its precision where weights have 16 bits: what changes by little in
+    many steps."""
+
+    def check(self, d_sae: int) -> None:
+        """Raise UserError, naming the field, what it got and what it needs, where an SAE of `d_sae` cannot have it."""
+
+    def attach(self, sae: SAE) -> None:
+        """Register parameters and buffers on an SAE that is being made."""
+
+    def rates(self) -> dict[str, float]:
+        """By the name of a parameter that `attach` registers, how many times as fast as the weights it learns."""
+        return {}
+
+    def width(self, d_sae: int) -> int:
+        """The most latents of a row, and the width of the codes."""
+        raise NotImplementedError
+
+    def budget(self) -> float | None:
+        """The mean number of latents that training aims at; None where rows decide alone. It can be annealed."""
+        return None
+
+    def start(self, sae: SAE, encoder: Encoder) -> None:
+        """Set what depends on the first batch of a training run."""
+
+    def encode(self, sae: SAE, x: Tensor, encoder: Encoder) -> SparseCodes:
+        """The codes at inference; `x` is what the SAE was given, as it was given."""
+        raise NotImplementedError
+
+    def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None) -> Chosen:
+        """The codes of a training step. `k` stands in for the budget, or is each row's own; None for neither."""
+        raise NotImplementedError
+
+    def error(self, sae: SAE, codes: SparseCodes, target: Tensor, *, residual: bool) -> tuple[Tensor, Tensor | None]:
+        """Squared error of each row, `[B]`, that training minimises, and with `residual` `target - y_hat [B, D]`."""
+        if not residual:
+            return decode_mse(codes, sae.W_dec, sae.b_dec, target), None
+        left = target - sparse_decode(codes, sae.W_dec, sae.b_dec)
+        return left.square().sum(-1), left
+
+    def after_step(self, sae: SAE, codes: SparseCodes) -> None:
+        """Take in the codes of a training step, after it. Nothing may wait for an accelerator."""
+
+    def __str__(self) -> str:
+        raise NotImplementedError
+
+
+def at_least(name: str, value: int, low: int, d_sae: int) -> None:
+    """Raise UserError unless `low <= value <= d_sae`."""
+    if type(value) is not int:
+        raise UserError(f"{name}: got {value!r}, needs an int")
+    if not low <= value <= d_sae:
+        raise UserError(f"{name}: got {value}, needs a number from {low} to d_sae = {d_sae}")
