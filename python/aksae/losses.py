@@ -1,24 +1,32 @@
-"""The training losses of AdaptiveK, and what they need to remember between steps."""
+"""The losses of training, and what they need to remember between steps."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aksae_kernels import SparseCodes, decode_mse, sparse_decode, sparse_weight_grad, topk_encode, topk_select
+from aksae_kernels import SparseCodes, decode_mse, encode_at, topk_encode
 
-from .sae import AdaptiveKSAE
+from .distributed import global_max, global_rows, global_sum
+from .sae import SAE
+from .selections import Encoder
 
 
 class SAELoss(NamedTuple):
-    """`total = recon + sparsity_coef * sparsity + aux_coef * aux`, its terms, and what the forward pass found."""
+    """`total = recon + penalty + sparsity_coef * sparsity + aux_coef * aux`, its terms, and the codes of the batch.
+
+    In a data-parallel run all of it is that of the batch of all processes, but the codes.
+    """
 
     total: Tensor
     recon: Tensor
-    """Squared error, mean over rows and dimensions."""
+    """Squared error, mean over rows and dimensions; with Matryoshka, over the prefixes too."""
+    penalty: Tensor
+    """What the selection adds; 0 for most."""
     sparsity: Tensor
     """`mean_i |z_i|_1 / mean_i |x_i|_2`."""
     aux: Tensor
@@ -27,40 +35,49 @@ class SAELoss(NamedTuple):
 
 
 class DeadLatents:
-    """Which latents have not fired for `dead_after` rows: `rows_since_fired [F]` int64.
+    """Which latents have not fired for `dead_after` rows: `rows_since_fired [F]` int64, on the SAE's device.
 
-    `possible` answers from the host, so that a step on an accelerator does not wait for the device to say whether any
-    latent is dead: none can be before enough rows have passed since the last look.
+    Of the dead ones the auxiliary loss sees at most `cap`, the longest dead first, so that its cost does not depend on
+    how many there are, and nothing has to ask an accelerator for their number.
     """
 
-    def __init__(self, d_sae: int, dead_after: int, device: torch.device | str = "cpu"):
+    def __init__(self, d_sae: int, dead_after: int, device: torch.device | str = "cpu", cap: int | None = None):
         self.dead_after = dead_after
+        self.cap = d_sae if cap is None else min(cap, d_sae)
         self.rows_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        self._most = 0
-
-    def possible(self, n_rows: int) -> bool:
-        """Whether a latent could be dead once `n_rows` more rows have passed. Exact on CPU; else no false no."""
-        if self.rows_since_fired.device.type == "cpu":
-            self.look()
-        return self._most + n_rows >= self.dead_after
-
-    def look(self) -> None:
-        """Read the longest silence from the device (synchronises); called from time to time, it sharpens `possible`."""
-        self._most = int(self.rows_since_fired.max()) if self.rows_since_fired.numel() else 0
 
     @torch.no_grad()
     def update(self, codes: SparseCodes) -> None:
-        """Count the rows of `codes` and start again at 0 for every latent that is active in one of them."""
-        n_rows = codes.counts.numel()
-        fired = torch.zeros(len(self.rows_since_fired) + 1, dtype=torch.bool, device=codes.indices.device)
-        # Padding has index -1: it falls on the extra last place.
-        fired[codes.indices.long()] = True
-        self.rows_since_fired.add_(n_rows).masked_fill_(fired[:-1], 0)
-        self._most += n_rows
+        """Count the rows of `codes`, of all processes, and start again at 0 for every latent that fired in one."""
+        fired = torch.zeros(len(self.rows_since_fired) + 1, dtype=torch.uint8, device=codes.indices.device)
+        # Padding, and what a selection holds at 0, falls on the extra last place.
+        fires = codes.mask() & (codes.values != 0)
+        fired[torch.where(fires, codes.indices, -1).long()] = 1
+        self.rows_since_fired.add_(global_rows(codes.counts.unsqueeze(-1)))
+        self.rows_since_fired.masked_fill_(global_max(fired[:-1]).bool(), 0)
 
     def mask(self) -> Tensor:
         """`[F]` bool."""
         return self.rows_since_fired >= self.dead_after
+
+    def may_be(self) -> bool:
+        """Whether any latent is dead: exact where looking is free, else True."""
+        return self.rows_since_fired.device.type != "cpu" or bool(self.mask().any())
+
+    @torch.no_grad()
+    def codes(self, encoder: Encoder, k: int) -> SparseCodes:
+        """Each row's `k` largest positive pre-activations among the dead latents; values are without gradient."""
+        longest = self.rows_since_fired
+        if self.cap < len(longest):
+            latents = longest.topk(self.cap).indices.sort().values
+        else:
+            latents = torch.arange(len(longest), device=longest.device)
+        is_dead = longest[latents] >= self.dead_after
+        x, W_enc, b_enc = encoder
+        # The others' scores are -inf: they are not selected.
+        bias = torch.where(is_dead, b_enc[latents], -math.inf)
+        codes = topk_encode(x, W_enc[latents], bias, k=min(k, self.cap))
+        return codes._replace(indices=torch.where(codes.mask(), codes.gather(latents), -1).int())
 
 
 class DeviationWeight:
@@ -74,6 +91,13 @@ class DeviationWeight:
         self.value = torch.tensor(0.2, device=device)
         self._latest: list[Tensor] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "latest": self._latest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"].to(self.value.device)
+        self._latest = [loss.to(self.value.device) for loss in state["latest"]]
+
     def update(self, probe_loss: Tensor) -> None:
         """Take in the probe loss of a step, after the step."""
         self._latest = [*self._latest[-2:], probe_loss.detach()]
@@ -83,45 +107,64 @@ class DeviationWeight:
 
 
 def sae_loss(
-    sae: AdaptiveKSAE, x: Tensor, k: Tensor, dead: DeadLatents, *, sparsity_coef: float, aux_coef: float
+    sae: SAE,
+    x: Tensor,
+    k: int | Tensor | None,
+    dead: DeadLatents,
+    *,
+    target: Tensor | None = None,
+    sparsity_coef: float = 0.0,
+    aux_coef: float = 0.0,
 ) -> SAELoss:
-    """The SAE loss of the rows `x [B, D]` with `k [B]`, and an update of `dead` by the latents that fired.
+    """The loss of the rows `x [B, D]`, and an update of `dead` by the latents that fired.
 
-    The encoder product is computed once. Without dead latents the codes come from the fused `topk_encode` and the error
-    from the fused `decode_mse`; with them, from one product that both selections read:
+    With y what is to be reconstructed (`SAE.target`, less a skip connection's share) and e the residual `y - y_hat`:
 
-    * `recon = mean (x_hat - x)^2` over rows and dimensions;
-    * `sparsity = mean_i |z_i|_1 / mean_i |x_i|_2`, a ratio of batch means;
-    * `aux = mean_i |e_i - e_hat_i|^2 / mean_i |e_i - mean(e)|^2` with the residual `e = x - x_hat` (not detached) and
-      `e_hat` the decode, without bias, of each row's `min(D/2, n_dead)` largest positive dead latents. 0 where no
-      latent is dead or e does not vary.
+    * `recon = mean error / D_out`, the error being the selection's: `|e|^2`, or its mean over prefixes;
+    * `penalty`: the selection's, times `mean (y - mean(y))^2`, so that it does not depend on units;
+    * `sparsity = mean_i |z_i|_1 / mean_i |x_i|_2`, a ratio of batch means, of the scaled x;
+    * `aux = mean_i |e_i - e_hat_i|^2 / mean_i |e_i - mean(e)|^2` with e not detached and `e_hat` the decode, without
+      bias, of each row's `D_out // 2` largest positive dead latents. 0 where no latent is dead or e does not vary.
+
+    `k` stands in for the selection's budget or is each row's own; None for neither. No term needs a tensor of the size
+    of all pre-activations, and nothing waits for an accelerator.
     """
-    bias = sae.encoder_bias()
-    if dead.possible(len(x)):
-        centered = sae.center(x)
-        with torch.no_grad():
-            pre_acts = F.linear(centered, sae.W_enc, bias)
-        codes = _with_encoder_gradient(topk_select(pre_acts, k, sae.k_bound), centered, sae.W_enc, bias)
-        dead.update(codes)
-        is_dead = dead.mask()
-        # Only positive entries are selected: with the live latents silenced, the dead ones are left, however many.
-        pre_acts.masked_fill_(~is_dead, 0)
-        aux_codes = _with_encoder_gradient(topk_select(pre_acts, x.shape[1] // 2), centered, sae.W_enc, bias)
-        residual = x - sparse_decode(codes, sae.W_dec, sae.b_dec)
-        recon = residual.square().mean()
-        error = decode_mse(aux_codes, sae.W_dec, None, residual).mean()
-        variance = (residual - residual.mean(0)).square().sum(-1).mean()
-        counts = is_dead.any() & (variance > 0)
-        aux = torch.where(counts, error / torch.where(counts, variance, 1), 0)
-    else:
-        codes = topk_encode(sae.center(x), sae.W_enc, bias, k=k, k_max=sae.k_bound)
-        dead.update(codes)
-        recon = decode_mse(codes, sae.W_dec, sae.b_dec, x).mean() / x.shape[1]
-        aux = recon.new_zeros(())
-    l1 = codes.values.sum(-1, dtype=torch.promote_types(codes.values.dtype, torch.float32))
-    sparsity = l1.mean() / torch.linalg.vector_norm(x, dim=-1).mean()
-    total = recon + sparsity_coef * sparsity + aux_coef * aux
-    return SAELoss(total, recon, sparsity, aux, codes)
+    selection, encoder, wanted = sae.config.selection, sae.encoder(x), sae.target(x, target)
+    if sae.W_skip is not None:
+        wanted = wanted - sae.skip(x)
+    codes, penalty = selection.choose(sae, x, encoder, k)
+    dead.update(codes)
+    with_aux = aux_coef > 0 and dead.may_be()
+    error, residual = selection.error(sae, codes, wanted, residual=with_aux)
+    n_rows = global_rows(wanted)
+    recon = _mean(error, n_rows) / wanted.shape[-1]
+    none = recon.new_zeros(())
+    sparsity = aux = none
+    penalty = none if penalty is None else penalty * spread(wanted, n_rows) / wanted.shape[-1]
+    if sparsity_coef > 0:
+        l1 = codes.values.sum(-1, dtype=torch.promote_types(codes.values.dtype, torch.float32))
+        length = torch.linalg.vector_norm(x if sae.config.input_scale == 1 else x * sae.config.input_scale, dim=-1)
+        sparsity = _mean(l1, n_rows) / _mean(length, n_rows)
+    if residual is not None:
+        aux_codes = encode_at(dead.codes(encoder, wanted.shape[-1] // 2), *encoder)
+        left = _mean(decode_mse(aux_codes, sae.W_dec, None, residual), n_rows)
+        whole = spread(residual, n_rows)
+        counts = dead.mask().any() & (whole > 0)
+        aux = torch.where(counts, left / torch.where(counts, whole, 1), 0)
+    total = recon + penalty + sparsity_coef * sparsity + aux_coef * aux
+    return SAELoss(total, recon, penalty, sparsity, aux, codes)
+
+
+def _mean(of_rows: Tensor, n_rows: int | Tensor) -> Tensor:
+    """The mean of `[B]` over the rows of all processes."""
+    return global_sum(of_rows.sum()) / n_rows
+
+
+def spread(rows: Tensor, n_rows: int | Tensor) -> Tensor:
+    """`mean_i |rows_i - mean(rows)|^2` over the rows of all processes."""
+    # Detached: the squares do not change with the mean, to first order.
+    mean = global_sum(rows.detach().sum(0)) / n_rows
+    return _mean((rows - mean).square().sum(-1), n_rows)
 
 
 def probe_loss(probe: nn.Module, x: Tensor, labels: Tensor, penalty: float) -> Tensor:
@@ -135,34 +178,3 @@ def probe_loss(probe: nn.Module, x: Tensor, labels: Tensor, penalty: float) -> T
 def deviation(probe: nn.Module, weight: Tensor, bias: Tensor) -> Tensor:
     """`|w - w0|_2 + |b - b0|`, how far the probe is from the `weight` and `bias` it was fitted to. Gradient 0 at 0."""
     return torch.linalg.vector_norm(probe.weight - weight) + (probe.bias - bias).abs().sum()
-
-
-def _with_encoder_gradient(codes: SparseCodes, x: Tensor, W_enc: Tensor, bias: Tensor) -> SparseCodes:
-    return codes._replace(values=_EncoderGradient.apply(codes.values, codes.indices, codes.counts, x, W_enc, bias))
-
-
-class _EncoderGradient(torch.autograd.Function):
-    """Values that are already known to be `x @ W_enc.T + bias` at some indices, with that product's gradient.
-
-    Two selections of one product cost its gradient twice over their few indices, not over `[B, F]`.
-    """
-
-    @staticmethod
-    def forward(ctx, values, indices, counts, x, W_enc, bias):
-        ctx.save_for_backward(indices, counts, x, W_enc)
-        ctx.bias_dtype = bias.dtype
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx, grad_values):
-        indices, counts, x, W_enc = ctx.saved_tensors
-        codes = SparseCodes(grad_values, indices, counts)
-        grad_x = grad_W = grad_bias = None
-        if ctx.needs_input_grad[3]:
-            grad_x = sparse_decode(codes, W_enc.to(grad_values.dtype)).to(x.dtype)
-        if ctx.needs_input_grad[4]:
-            grad_W = sparse_weight_grad(codes, x.to(grad_values.dtype), len(W_enc)).to(W_enc.dtype)
-        if ctx.needs_input_grad[5]:
-            ones = grad_values.new_ones(len(x), 1)
-            grad_bias = sparse_weight_grad(codes, ones, len(W_enc))[:, 0].to(ctx.bias_dtype)
-        return None, None, None, grad_x, grad_W, grad_bias
