@@ -122,8 +122,8 @@ def test_a_run_leaves_everything(finished):
     assert {r["phase"] for r in records if r["model"] == "adaptivek"} == {2, 3}
     evaluation = json.loads((finished / "eval.json").read_text())
     adaptive, topk = (AdaptiveKSAE.from_pretrained(finished / name) for name in ("adaptivek", "topk"))
-    assert adaptive.config.probe_lambda == json.loads((finished / "probe.json").read_text())["lambda"]
-    assert topk.config.k == pytest.approx(evaluation["models"]["adaptivek"]["l0_mean"], abs=0.5)
+    assert adaptive.config.selection.probe_lambda == json.loads((finished / "probe.json").read_text())["lambda"]
+    assert topk.config.selection.k == pytest.approx(evaluation["models"]["adaptivek"]["l0_mean"], abs=0.5)
     assert evaluation["rows"] == len(evaluation["contexts"]) * (TOKENS - 1)
     for entry in evaluation["top_contexts"]:
         assert all(set(example["tokens"]) <= set(WORDS) for example in entry["examples"])
@@ -239,16 +239,16 @@ OTHER_THINGS = {
         r"differs in labels \(.*labels.safetensors is another run's",
     ),
     "map": (
-        lambda run, model, text, labels: edit(run / "adaptivek" / "config.json", steepness=1.0),
-        r"got the checkpoint of another run \(steepness 1.0\), needs the run's \(steepness 6.0\)",
+        lambda run, model, text, labels: edit(run / "adaptivek" / "config.json", **{"selection.k_map.steepness": 1.0}),
+        r"of another run \(selection.k_map.steepness 1.0\), needs the run's \(selection.k_map.steepness 6.0\)",
     ),
     "penalty": (
         lambda run, model, text, labels: edit(run / "probe.json", **{"lambda": 0.5}),
-        r"got the checkpoint of another run \(probe_lambda .*\), needs the run's \(probe_lambda 0.5\)",
+        r"of another run \(selection.probe_lambda .*\), needs the run's \(selection.probe_lambda 0.5\)",
     ),
     "checkpoint": (
         lambda run, model, text, labels: spoil(run / "topk"),
-        r"eval.json: the checkpoint that it is of differs in topk \(had .*delete or move eval.json",
+        r"eval.json: the checkpoint that it is of differs in topk \(had .*with eval.json moved elsewhere",
     ),
     "no record": (
         lambda run, model, text, labels: (run / "data.json").write_text('{"heldout": "1"}'),
@@ -579,17 +579,42 @@ def test_a_run_that_is_cut_off_keeps_its_last_checkpoint(
     calls, replace = [], os.replace
 
     def cut_off(source, target):
-        # After the first checkpoint, while the second one's weights are about to take its place.
+        # After the first checkpoint, while the second one's weights are about to take their place in it. Each
+        # checkpoint writes them twice: into its folder, and beside it.
         if str(target).endswith("sae.safetensors"):
             calls.append(target)
-            if len(calls) == 2:
+            if len(calls) == 3:
                 raise error
         replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", cut_off)
     fails(capsys, message, "train", status=status, **settings, output=tmp_path / "run")
     AdaptiveKSAE.from_pretrained(tmp_path / "run" / "adaptivek")
-    assert sorted(os.listdir(tmp_path / "run" / "adaptivek")) == ["config.json", "sae.safetensors"]
+    checkpoint, *others = sorted(os.listdir(tmp_path / "run" / "adaptivek"))
+    assert checkpoint.startswith("checkpoint-")
+    assert others == ["config.json", "sae.safetensors"]
+
+
+def test_a_run_that_was_cut_off_goes_on(settings, finished, tmp_path, monkeypatch, capsys):
+    from aksae.callbacks import JsonLines
+
+    log, cut = JsonLines.on_log, []
+
+    def cut_off(self, run, record):
+        log(self, run, record)
+        if not cut and record["step"] == 20:
+            cut.append(record)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(JsonLines, "on_log", cut_off)
+    options = {**settings, "checkpoint-every": 7, "output": tmp_path / "run"}
+    fails(capsys, "interrupted", "train", status=130, **options)
+    assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert "report:" in capsys.readouterr().out
+    for name in ("adaptivek", "topk"):
+        ended, whole = (AdaptiveKSAE.from_pretrained(run / name).state_dict() for run in (tmp_path / "run", finished))
+        assert all(torch.equal(ended[key], whole[key]) for key in whole)
+    fails(capsys, "config.json: got no such file", "train", resume=tmp_path / "nowhere")
 
 
 def test_other_errors_are_not_hidden(monkeypatch, tmp_path):

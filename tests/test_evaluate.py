@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from aksae import AdaptiveKSAE, SAEConfig, TrainConfig, UserError
+from aksae import AdaptiveK, AdaptiveKSAE, KMap, SAEConfig, TopK, TrainConfig, UserError
 from aksae.data import BatchReader, Split
 from aksae.evaluate import K_FACTORS, _spread_latents, evaluate, evaluate_run, mean_l0
 from aksae.metrics import ReconstructionMetrics
@@ -49,7 +49,7 @@ def make_split() -> Split:
 
 def make_sae(k=None) -> AdaptiveKSAE:
     generator = torch.Generator().manual_seed(1)
-    sae = AdaptiveKSAE(SAEConfig(D, F, k=k, k_min=2, k_max=10), generator=generator)
+    sae = AdaptiveKSAE(SAEConfig(D, F, TopK(k) if k is not None else AdaptiveK(KMap(2, 10))), generator=generator)
     with torch.no_grad():
         sae.b_dec.fill_(3.0)
         sae.W_enc.mul_(0.3)
@@ -194,7 +194,7 @@ def test_mean_l0(evaluation):
 
 def test_a_model_of_another_width_is_refused(config):
     with pytest.raises(UserError, match="adaptivek: got d_in 5, needs 6"):
-        evaluate({"adaptivek": AdaptiveKSAE(SAEConfig(5, F, k=3))}, make_split(), Tokenizer(), config, "cpu")
+        evaluate({"adaptivek": AdaptiveKSAE(SAEConfig(5, F, TopK(3)))}, make_split(), Tokenizer(), config, "cpu")
 
 
 @pytest.mark.parametrize(

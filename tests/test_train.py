@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from aksae import AdaptiveKSAE, LabelConfig, ModelConfig, SAEConfig, TextConfig, TrainConfig, UserError
+from aksae import AdaptiveKSAE, LabelConfig, ModelConfig, SAEConfig, TextConfig, TopK, TrainConfig, UserError
 from aksae.config import absolute, from_dict, to_dict, validate
 from aksae.data import BatchReader, Split
 from aksae.errors import Notice
 from aksae.files import check_space
 from aksae.k_policy import score_to_k
+from aksae.runs import check_output, start_run
 from aksae.sae import geometric_median
-from aksae.train import _check_output, _start_run, adaptive_config, fit_probe, lr_factor, train_sae
+from aksae.train import adaptive_config, fit_probe, lr_factor, train_sae
 
 D, F = 8, 32
 
@@ -71,7 +72,7 @@ def make_config(tmp_path, **fields) -> TrainConfig:
 def make_sae(config, split, *, k=None) -> AdaptiveKSAE:
     generator = torch.Generator().manual_seed(5)
     if k is not None:
-        return AdaptiveKSAE(SAEConfig(D, F, k=k), generator=generator).to(split.store.x.dtype)
+        return AdaptiveKSAE(SAEConfig(D, F, TopK(k)), generator=generator).to(split.store.x.dtype)
     probe, report = fit_probe(split, config)
     sae = AdaptiveKSAE(adaptive_config(config, D, report.lam), generator=generator).to(split.store.x.dtype)
     sae.probe.load_state_dict(probe.state_dict())
@@ -139,7 +140,9 @@ def by_the_equations(sae, split, config):
         if step >= phase3_from:
             of_batch = context.unique()
             share = {"published": 1 / 2, "fitted": 1 / len(split.labels)}[config.phase3_penalty]
-            fit = ((score - split.labels)[of_batch] ** 2).mean() + share * sae.config.probe_lambda * (w**2).sum()
+            fit = ((score - split.labels)[of_batch] ** 2).mean() + share * sae.config.selection.probe_lambda * (
+                w**2
+            ).sum()
             moved = torch.zeros(()) if step < phase3_from + 2 else (w - w0).norm() + (b - b0).abs()
             probe_adam.zero_grad()
             (config.probe_coef * (fit + delta * moved)).backward()
@@ -196,7 +199,7 @@ def test_a_fixed_k_trains_in_the_same_loop(tmp_path):
     assert {r["phase"] for r in records} == {2}
     assert {r["k_mean"] for r in records} == {3.0}
     assert records[-1]["fvu"] < 0.8 * records[0]["fvu"]
-    assert AdaptiveKSAE.from_pretrained(tmp_path / "run" / "adaptivek").config.k == 3
+    assert AdaptiveKSAE.from_pretrained(tmp_path / "run" / "adaptivek").config.selection == TopK(3)
 
 
 def test_k_of_tokens_and_last_rows(tmp_path):
@@ -333,24 +336,24 @@ def test_lr_factor_at_the_edges():
 
 def test_output_folder(tmp_path):
     config = make_config(tmp_path)
-    _check_output(config)
-    _start_run(config)
+    check_output(config)
+    start_run(config)
     (config.output / "adaptivek").mkdir()
     (config.output / "eval.json").write_text("{}")
     assert from_dict(TrainConfig, json.loads((config.output / "config.json").read_text())) == config
     with pytest.raises(UserError, match=r"output: got .*run, which holds another run, needs a new folder"):
-        _check_output(config)
+        check_output(config)
     again = dataclasses.replace(config, overwrite=True)
-    _check_output(again)
+    check_output(again)
     (config.output / "notes.txt").write_text("mine")
-    _start_run(again)
+    start_run(again)
     assert sorted(path.name for path in config.output.iterdir()) == ["config.json", "notes.txt"]
 
     (config.output / "config.json").unlink()
     with pytest.raises(UserError, match="which holds other files, needs a new or empty folder"):
-        _check_output(again)
+        check_output(again)
     with pytest.raises(UserError, match="a file, needs a folder"):
-        _check_output(dataclasses.replace(config, output=config.output / "notes.txt"))
+        check_output(dataclasses.replace(config, output=config.output / "notes.txt"))
 
 
 def test_what_goes_to_one_disk_is_added_up(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """AdaptiveK sparse autoencoders on language models: labels, probe, three-phase training, evaluation and reports.
 
-`train(TrainConfig(...))` does a whole run; `AdaptiveKSAE` is the model alone.
+`fit(SAE(SAEConfig(...)), batches, FitConfig(...))` trains an SAE on activations; `train(TrainConfig(...))` does a whole
+run of AdaptiveK, from text to report.
 """
 
 from .errors import UserError, missing_module
@@ -11,20 +12,36 @@ try:
     from aksae_kernels import __version__
 
     from .config import LabelConfig, ModelConfig, SAEConfig, TextConfig, TrainConfig
-    from .sae import AdaptiveKSAE
+    from .fit import FitConfig, FitResult, fit
+    from .k_policy import KMap
+    from .reading import Activations, open_activations
+    from .sae import SAE, AdaptiveKSAE
+    from .selections import AdaptiveK, BatchTopK, JumpReLU, Matryoshka, TopK
     from .train import TrainResult, train
 except ModuleNotFoundError as error:
     raise missing_module(error) from None
 
 __all__ = [
+    "SAE",
+    "Activations",
+    "AdaptiveK",
     "AdaptiveKSAE",
+    "BatchTopK",
+    "FitConfig",
+    "FitResult",
+    "JumpReLU",
+    "KMap",
     "LabelConfig",
+    "Matryoshka",
     "ModelConfig",
     "SAEConfig",
     "TextConfig",
+    "TopK",
     "TrainConfig",
     "TrainResult",
     "UserError",
     "__version__",
+    "fit",
+    "open_activations",
     "train",
 ]

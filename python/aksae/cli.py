@@ -1,8 +1,10 @@
-"""The command `aksae`: label, train, eval, report, convert."""
+"""The command `aksae`: label, collect, train, eval, report, convert."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -12,9 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from .collect import StoredDtype
 from .config import LabelConfig, ModelConfig, ProbeReads, TextConfig, TrainConfig, cache_folder, validate_inputs
 from .errors import Notice, UserError, missing_module
 from .formats import Format, WrittenFormat
+from .sites import Hook
 
 try:
     import tyro
@@ -33,7 +37,13 @@ _COLUMNS = {
     "k_mean": "k mean",
     "dead": "dead",
 }
-_MODELS = {"adaptivek": "AdaptiveK", "topk": "TopK"}
+_MODELS = {
+    "adaptivek": "AdaptiveK",
+    "topk": "TopK",
+    "batch-topk": "BatchTopK",
+    "jumprelu": "JumpReLU",
+    "matryoshka": "Matryoshka",
+}
 _REFUSALS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -73,7 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _status(arguments: Sequence[str] | None) -> int:
-    commands = {"label": label, "train": train, "eval": evaluate, "report": report, "convert": convert}
+    commands = {
+        "label": label,
+        "collect": collect,
+        "train": train,
+        "eval": evaluate,
+        "report": report,
+        "convert": convert,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="aksae", description=__doc__, args=arguments)
     except UserError as error:
@@ -87,7 +104,7 @@ def _status(arguments: Sequence[str] | None) -> int:
         # One that is imported where it is used; SystemExit, since this is the command.
         raise missing_module(error) from None
     except KeyboardInterrupt:
-        return _failed(130, "interrupted; the last checkpoint stays valid")
+        return _failed(130, "interrupted; the last checkpoint stays valid, as do shards of activations that were done")
     return 0
 
 
@@ -137,13 +154,74 @@ def label(
     print(f"{len(rows)} contexts with a score in {out}; {scores.failed} could not be scored and were left out")
 
 
-def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Train an AdaptiveK SAE and its TopK baseline, and write checkpoints, metrics, evaluation and report."""
+def collect(
+    out: Path,
+    model: ModelConfig,
+    text: TextConfig,
+    layers: tuple[int, ...] = (),
+    sites: tuple[Hook, ...] = ("resid_post",),
+    dtype: StoredDtype = "float32",
+    shard_mb: float = 64,
+    cache: Path | None = None,
+) -> None:
+    """Collect a language model's activations on text, for training on them later.
+
+    Says first what disk and time it will take. Cut off at any moment, the same command goes on.
+
+    Args:
+        out: folder to write; in it a folder for each layer and site, such as layers.15.resid_post.
+        layers: blocks to read, in one pass of the model; none for model.layer alone.
+        sites: places to read in each of them: the residual stream after (resid_post) or before the block (resid_pre),
+            what its MLP (mlp_out) or its attention (attn_out) adds to it.
+        dtype: precision in which activations are stored.
+        shard_mb: size of a file; what was done of one is lost where collecting is cut off.
+        cache: folder for converted models; None for AKSAE_CACHE or ~/.cache/aksae.
+    """
+    from .collect import collect
+    from .data import read_corpus
+    from .sites import Site
+
+    validate_inputs(model, text, LabelConfig())
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out: got {out}, a file, needs a folder")
+    if not sites:
+        raise UserError("sites: got none, needs at least one")
+    # The model stops at the last layer that is read, and is asked for it before its weights are loaded.
+    read = dict.fromkeys(Site(layer, hook) for layer in layers or (model.layer,) for hook in sites)
+    deepest = dataclasses.replace(model, layer=max(site.layer for site in read))
+    corpus = read_corpus(deepest, text, None, cache_folder(cache))
+    collected = collect(
+        corpus.model,
+        corpus.train.followed_by(corpus.heldout),
+        {site: out / str(site) for site in read},
+        batch_size=model.batch_size,
+        dtype=dtype,
+        shard_mb=shard_mb,
+        heldout=len(corpus.heldout),
+        verify=True,
+        announce=functools.partial(print, flush=True),
+    )
+    for activations in collected.values():
+        print(f"{len(activations):,} rows of width {activations.d_in} in {activations.path}")
+
+
+def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")], resume: Path | None = None) -> None:
+    """Train an SAE on text or on activations that are there, and write checkpoints, metrics and an evaluation.
+
+    An AdaptiveK SAE, the default, is trained with a TopK baseline, and gets a report; other selections need no labels.
+
+    Args:
+        resume: folder of a run that was cut off: it goes on from its last checkpoint with its own settings, and those
+            given here are not looked at.
+    """
+    from .runs import read_run
     from .train import train
 
-    result = train(config)
+    config = config if resume is None else read_run(resume)
+    result = train(config, resume=resume is not None)
     _print_table(result.evaluation)
-    print(f"report: {result.folder / 'report.html'}")
+    adaptive = config.selection == "adaptivek"
+    print(f"report: {result.folder / 'report.html'}" if adaptive else f"SAE: {result.folder / config.selection}")
 
 
 def evaluate(run: tyro.conf.Positional[Path]) -> None:

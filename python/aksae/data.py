@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,15 +17,21 @@ import torch
 from torch import Tensor
 
 from . import text_stats
-from .activations import ActivationStore, LanguageModel, collect
+from .activations import LanguageModel
+from .batches import Batch, listed
+from .collect import collect
 from .complexity import score_contexts
 from .config import LabelConfig, ModelConfig, ProbeReads, TextConfig
 from .errors import UserError
 from .files import atomic_file, read_tensors
 from .identity import digest_of_json, digest_of_tensors
-from .sae import AdaptiveKSAE
+from .prefetch import prefetched
+from .reading import Activations
+from .sae import SAE
+from .sites import Site
 from .text import ContextSet, check_source, load_contexts
 
+_READ_AHEAD = 4
 LABELS = "labels.safetensors"
 """Where a run keeps its `Scores`: they are evaluated with, and never asked for again."""
 
@@ -74,7 +82,7 @@ class Split:
 
     contexts: ContextSet
     labels: Tensor
-    store: ActivationStore
+    store: Activations
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,8 @@ class Data:
     tokenizer: Any
 
 
-def read_corpus(model: ModelConfig, text: TextConfig, labels: LabelConfig, cache: Path) -> Corpus:
-    """Load the model, read the text and cut it into contexts.
+def read_corpus(model: ModelConfig, text: TextConfig, labels: LabelConfig | None, cache: Path) -> Corpus:
+    """Load the model, read the text and cut it into contexts; None for `labels` where none will be asked for.
 
     What can be refused cheaply is refused first: a source without a document before the model is converted or read, a
     layer or a context length that it does not have before its weights are, a scorer that it cannot serve before the
@@ -96,7 +104,7 @@ def read_corpus(model: ModelConfig, text: TextConfig, labels: LabelConfig, cache
     check_source(text)
     language_model = LanguageModel.load(model, cache, context_length=text.context_length)
     language_model.check_length(text.context_length)
-    if labels.scorer == "surprisal":
+    if labels is not None and labels.scorer == "surprisal":
         language_model.check_predicts()
     return Corpus(language_model, *load_contexts(text, language_model.tokenizer))
 
@@ -132,13 +140,18 @@ def collect_activations(corpus: Corpus, scores: Scores, cache: Path, *, batch_si
     for contexts, labels in ((corpus.train, scores.train), (corpus.heldout, scores.heldout)):
         scored = ~labels.isnan()
         contexts = contexts.select(scored.numpy())
-        folder = cache / "activations" / context_key(contexts, digest_of_json(corpus.model.identity))
-        store = collect(corpus.model, contexts, folder, batch_size=batch_size)
+        store = collect_contexts(corpus.model, contexts, cache, batch_size=batch_size)
         splits.append(Split(contexts, labels[scored], store))
     return Data(train=splits[0], heldout=splits[1], tokenizer=corpus.model.tokenizer)
 
 
-def context_vectors(store: ActivationStore, probe_reads: ProbeReads) -> Callable[[Tensor], Tensor]:
+def collect_contexts(model: LanguageModel, contexts: ContextSet, cache: Path, *, batch_size: int) -> Activations:
+    """The residual stream after the model's layer at the loss tokens of contexts, kept under `cache`."""
+    site, folder = Site(model.layer), cache / "activations" / context_key(contexts, digest_of_json(model.identity))
+    return collect(model, contexts, {site: folder}, batch_size=batch_size)[site]
+
+
+def context_vectors(store: Activations, probe_reads: ProbeReads) -> Callable[[Tensor], Tensor]:
     """The function from contexts `[n]` to the vectors `[n, D]` that the probe is fitted on.
 
     With `mean` that is the mean over the loss tokens of each, all of them held in memory; else the last loss token.
@@ -151,7 +164,7 @@ def context_vectors(store: ActivationStore, probe_reads: ProbeReads) -> Callable
 
 # Fit, training, baseline and evaluation all ask, and an answer is a pass over the store: train and held-out are kept.
 @functools.lru_cache(maxsize=2)
-def _context_means(store: ActivationStore) -> Tensor:
+def _context_means(store: Activations) -> Tensor:
     rows_of = store.context.bincount()
     means = torch.zeros(len(rows_of), store.d_in)
     for rows in torch.arange(len(store)).split(1 << 16):
@@ -159,22 +172,8 @@ def _context_means(store: ActivationStore) -> Tensor:
     return means / rows_of.unsqueeze(-1)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows of a store, and what the probe reads of the contexts they come from."""
-
-    x: Tensor
-    """`[B, D]`."""
-    probed: Tensor
-    """`[n, D]`, what the probe reads of each context in the batch: see `context_vectors`."""
-    contexts: Tensor
-    """`[n]` numbers of those contexts, ascending; on the CPU."""
-    place: Tensor
-    """`[B]`, the context of each row as an index into `contexts`."""
-
-
 class BatchReader:
-    """Reads batches from an `ActivationStore` and gives their rows a k.
+    """Reads batches from an `Activations` and gives their rows a k.
 
     Args:
         store: the activations.
@@ -185,7 +184,7 @@ class BatchReader:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: Activations,
         *,
         probe_reads: ProbeReads,
         train_on: Literal["all", "last"],
@@ -205,8 +204,10 @@ class BatchReader:
         # A sum is finite only if all its terms are, and costs a third of looking at each.
         broken = torch.cat([of[~values.sum(-1).isfinite()] for values, of in ((x, context), (probed, contexts))])
         if len(broken):
-            raise UserError(f"activations: got NaN or infinity at {where} in {listed(broken)}, needs numbers")
-        return Batch(self.put(x), self.put(probed), contexts, self.put(place))
+            raise UserError(
+                f"activations: got NaN or infinity at {where} in {listed('context', broken)}, needs numbers"
+            )
+        return Batch(self.put(x), probed=self.put(probed), place=self.put(place), contexts=contexts)
 
     def shuffled(self, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Rows of one full batch after the other, without end: each epoch in a new order, joined without a gap."""
@@ -223,7 +224,11 @@ class BatchReader:
         rows = torch.arange(len(self.store)) if all_rows else self.rows
         return (self.read(part, "evaluation") for part in rows.split(batch_size))
 
-    def k(self, sae: AdaptiveKSAE, batch: Batch) -> Tensor:
+    def training(self, batch_size: int, seed: int, labels: Tensor) -> TrainingBatches:
+        """Batches without end, as `shuffled` draws them, with the labels of their contexts."""
+        return TrainingBatches(self, batch_size, seed, labels)
+
+    def k(self, sae: SAE, batch: Batch) -> Tensor:
         """k of each row, `[B]` int32, by the SAE's probe as it is now."""
         return sae.k_for(batch.x) if self.probe_reads == "token" else sae.k_for(batch.probed)[batch.place]
 
@@ -234,11 +239,29 @@ class BatchReader:
         return tensor.to(self.device, non_blocking=True)
 
 
-def listed(contexts: Tensor) -> str:
-    """`context 3`, `contexts 3, 5`, at most five of them."""
-    numbers = contexts.unique().tolist()
-    shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-    return f"context{'s' if len(numbers) > 1 else ''} {shown}"
+class TrainingBatches:
+    """See `BatchReader.training`; a thread reads ahead. Knows how many batches were taken."""
+
+    def __init__(self, reader: BatchReader, batch_size: int, seed: int, labels: Tensor):
+        self.reader, self.batch_size, self.seed, self.labels = reader, batch_size, seed, labels
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in prefetched(self._read(self.taken), _READ_AHEAD):
+            self.taken += 1
+            yield batch
+
+    def _read(self, taken: int) -> Iterator[Batch]:
+        drawn = itertools.islice(self.reader.shuffled(self.batch_size, self.seed), taken, None)
+        for step, rows in enumerate(drawn, taken):
+            batch = self.reader.read(rows, f"step {step}")
+            yield dataclasses.replace(batch, scores=self.reader.put(self.labels[batch.contexts]))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.taken = state["taken"]
 
 
 def _scores(contexts: ContextSet, model: LanguageModel, labels: LabelConfig, cache: Path) -> np.ndarray:

@@ -12,19 +12,19 @@ from torch import Tensor
 from aksae_kernels import frozen
 
 from .activations import LanguageModel, resolve_device
+from .batches import Batch
 from .config import (
+    SELECTION_NAMES,
     ProbeReads,
     SAEConfig,
     TrainConfig,
     adaptive_config,
     cache_folder,
-    from_dict,
     to_dict,
     validate,
 )
 from .data import (
     LABELS,
-    Batch,
     BatchReader,
     Corpus,
     Split,
@@ -37,7 +37,8 @@ from .errors import UserError
 from .files import WEIGHTS, read_json, write_json
 from .identity import digest_of_file, require_same
 from .metrics import ReconstructionMetrics
-from .sae import AdaptiveKSAE
+from .sae import SAE
+from .selections import TopK
 from .text import load_contexts
 
 ADAPTIVE, BASELINE = "adaptivek", "topk"
@@ -58,8 +59,13 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     Raises UserError for a folder that is no run, for checkpoints that cannot be read or are another run's, and, naming
     what differs, what the run had and what is there now, for anything else than the run was trained on.
     """
-    config = from_dict(TrainConfig, read_json(folder / "config.json"), str(folder / "config.json"))
+    from .runs import read_run
+    from .unlabelled import evaluate_unlabelled
+
+    config = read_run(folder)
     validate(config)
+    if config.selection != ADAPTIVE:
+        return evaluate_unlabelled(config)
     models = _checkpoints(folder, config)
     recorded = read_json(folder / "data.json", needs=dict)
     if "labels" not in recorded:
@@ -110,12 +116,12 @@ def write_evaluation(folder: Path, evaluation: dict[str, Any]) -> dict[str, Any]
 
 def check_evaluated(folder: Path, evaluation: Mapping[str, Any]) -> None:
     """Raise UserError where `evaluation`, what the run's `eval.json` holds, is of other checkpoints than are there."""
-    names = [name for name in (ADAPTIVE, BASELINE) if (folder / name / WEIGHTS).is_file()]
+    names = [name for name in SELECTION_NAMES if (folder / name / WEIGHTS).is_file()]
     require_same(
         f"{folder / 'eval.json'}: the checkpoint that it is of",
         evaluation.get("checkpoints"),
         {name: _weights_digest(folder, name) for name in names},
-        "delete or move eval.json to evaluate those that are there now",
+        "with eval.json moved elsewhere, `aksae eval` evaluates those that are there now",
     )
 
 
@@ -123,22 +129,24 @@ def _weights_digest(folder: Path, name: str) -> str:
     return digest_of_file(folder / name / WEIGHTS)
 
 
-def _checkpoints(folder: Path, config: TrainConfig) -> dict[str, AdaptiveKSAE]:
+def _checkpoints(folder: Path, config: TrainConfig) -> dict[str, SAE]:
     """The models of the run in `folder`, once they are known to be its own."""
     names = [name for name in (ADAPTIVE, BASELINE) if (folder / name).is_dir()]
     if ADAPTIVE not in names:
         raise UserError(f"{folder}: got no checkpoint folder {ADAPTIVE}, needs a run that has reached one")
-    models = {name: AdaptiveKSAE.from_pretrained(folder / name) for name in names}
+    models = {name: SAE.from_pretrained(folder / name) for name in names}
     for name, sae in models.items():
         has = sae.config
         if name == ADAPTIVE:
             wanted = adaptive_config(config, has.d_in, read_json(folder / "probe.json", needs=dict).get("lambda"))
         else:
-            wanted = SAEConfig(has.d_in, config.d_sae, k=has.k or 1)
-        for key, value in to_dict(wanted).items():
-            if getattr(has, key) != value:
+            k = has.selection.k if isinstance(has.selection, TopK) else 1
+            wanted = SAEConfig(has.d_in, config.d_sae, TopK(k))
+        got = _flat(to_dict(has))
+        for key, value in _flat(to_dict(wanted)).items():
+            if got.get(key) != value:
                 raise UserError(
-                    f"{folder / name}: got the checkpoint of another run ({key} {getattr(has, key)}), needs the run's "
+                    f"{folder / name}: got the checkpoint of another run ({key} {got.get(key)}), needs the run's "
                     f"({key} {value})"
                 )
     if (folder / "eval.json").exists():
@@ -146,9 +154,17 @@ def _checkpoints(folder: Path, config: TrainConfig) -> dict[str, AdaptiveKSAE]:
     return models
 
 
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one mapping, of dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
 @torch.no_grad()
 def evaluate(
-    models: Mapping[str, AdaptiveKSAE], heldout: Split, tokenizer, config: TrainConfig, device: torch.device
+    models: Mapping[str, SAE], heldout: Split, tokenizer, config: TrainConfig, device: torch.device
 ) -> dict[str, Any]:
     """What `eval.json` holds: metrics and L0-FVU curve of each model, and k and top contexts of the `adaptivek` one.
 
@@ -183,14 +199,14 @@ def evaluate(
 
 
 @torch.no_grad()
-def mean_l0(sae: AdaptiveKSAE, reader: BatchReader, batch_size: int) -> float:
+def mean_l0(sae: SAE, reader: BatchReader, batch_size: int) -> float:
     """Mean number of active latents over the rows of `reader`."""
     active = sum(_encode(sae, batch, reader.k(sae, batch)).counts.sum() for batch in reader.in_order(batch_size))
     return int(active) / len(reader.rows)
 
 
 @torch.no_grad()
-def _measure(sae: AdaptiveKSAE, reader: BatchReader, batch_size: int, factor: float = 1.0) -> ReconstructionMetrics:
+def _measure(sae: SAE, reader: BatchReader, batch_size: int, factor: float = 1.0) -> ReconstructionMetrics:
     """The metrics of `sae` with every k scaled by `factor`: rounded, at least 1, at most d_sae."""
     metrics = ReconstructionMetrics(sae.config.d_in, sae.config.d_sae, reader.device)
     with frozen(sae.W_enc):
@@ -203,11 +219,11 @@ def _measure(sae: AdaptiveKSAE, reader: BatchReader, batch_size: int, factor: fl
     return metrics
 
 
-def _encode(sae: AdaptiveKSAE, batch: Batch, k: Tensor, factor: float = 1.0):
+def _encode(sae: SAE, batch: Batch, k: Tensor, factor: float = 1.0):
     return sae.encode(batch.x, k, k_max=max(1, round(sae.k_bound * factor)))
 
 
-def _contexts(sae: AdaptiveKSAE, heldout: Split, probe_reads: ProbeReads, device: torch.device) -> list[dict[str, Any]]:
+def _contexts(sae: SAE, heldout: Split, probe_reads: ProbeReads, device: torch.device) -> list[dict[str, Any]]:
     """Label, predicted score and k of each held-out context; with a k per token, the k of its last one."""
     x = context_vectors(heldout.store, probe_reads)(torch.arange(len(heldout.labels))).to(device)
     columns = zip(heldout.labels.tolist(), sae.probe(x).tolist(), sae.k_for(x).tolist(), strict=True)
@@ -215,7 +231,7 @@ def _contexts(sae: AdaptiveKSAE, heldout: Split, probe_reads: ProbeReads, device
 
 
 def _top_contexts(
-    sae: AdaptiveKSAE,
+    sae: SAE,
     latents: Tensor,
     heldout: Split,
     tokenizer,

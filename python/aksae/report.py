@@ -92,6 +92,9 @@ def write_report(run: Path) -> Path:
     import jinja2
 
     run = Path(run)
+    selection = _read_json(run, "config.json").get("selection", "adaptivek")
+    if selection != "adaptivek":
+        raise UserError(f"run: {run} is one of {selection}, of which `aksae eval` prints all there is; needs adaptivek")
     config, probe, evaluation = (_read_json(run, name) for name in ("config.json", "probe.json", "eval.json"))
     metrics = _read_metrics(run)
     check_evaluated(run, evaluation)

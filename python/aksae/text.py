@@ -60,6 +60,12 @@ class ContextSet:
         arrays = {f.name: getattr(self, f.name)[chosen] for f in fields(self) if f.name != "texts"}
         return ContextSet(texts=[self.texts[i] for i in chosen], **arrays)
 
+    def followed_by(self, others: ContextSet) -> ContextSet:
+        """These contexts, then others of the same length."""
+        names = [f.name for f in fields(self) if f.name != "texts"]
+        arrays = {name: np.concatenate([getattr(self, name), getattr(others, name)]) for name in names}
+        return ContextSet(texts=[*self.texts, *others.texts], **arrays)
+
 
 def documents(config: TextConfig) -> Iterator[str]:
     """The documents of `config.source` in the order of the source, as a stream: nothing large is held in memory.
