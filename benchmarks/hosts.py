@@ -45,6 +45,11 @@ def threshold(W: Tensor, k: int) -> float:
     return torch.special.ndtri(torch.tensor(1 - min(k, len(W)) / len(W), dtype=torch.float64)).item()
 
 
+def matryoshka_prefixes(d_sae: int) -> tuple[int, ...]:
+    """A thirty-second of the latents, a sixteenth, an eighth, a quarter, all."""
+    return tuple(max(1, d_sae // share) for share in (32, 16, 8, 4, 1))
+
+
 def _selection(sae: Any) -> tuple[Span, ...]:
     """What an accelerated SAE calls to encode without its host's method of that name."""
     places = ((sae, "_select"), (sys.modules[type(sae).__module__], "topk"))
@@ -122,6 +127,23 @@ class DictionaryLearningJumpReLU(DictionaryLearning):
         self.trainer.ae.threshold.fill_(threshold(W, k))
 
 
+class DictionaryLearningMatryoshka(DictionaryLearningBatchTopK):
+    """`MatryoshkaBatchTopKTrainer.update`, with the prefixes of `matryoshka_prefixes`."""
+
+    def make_trainer(self, k: int, **options: Any) -> Any:
+        from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
+
+        ends = matryoshka_prefixes(options["dict_size"])
+        shares = [(end - start) / ends[-1] for start, end in zip((0, *ends), ends)]
+        return MatryoshkaBatchTopKTrainer(k=k, group_fractions=shares, **options)
+
+    @torch.no_grad()
+    def fill(self, W: Tensor, k: int) -> None:
+        self.trainer.ae.W_enc.copy_(W.T)
+        self.trainer.ae.W_dec.copy_(W)
+        self.trainer.ae.threshold.fill_(threshold(W, k))
+
+
 class SAELens:
     """`SAETrainer.step` of a `TopKTrainingSAE`. It clips at 1, and scales by decoder norms where others normalise."""
 
@@ -179,6 +201,21 @@ class SAELensBatchTopK(SAELens):
         from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 
         return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=k, **sizes))
+
+
+class SAELensMatryoshka(SAELens):
+    """`SAETrainer.step` of a `MatryoshkaBatchTopKTrainingSAE`, with the prefixes of `matryoshka_prefixes`."""
+
+    def make_sae(self, k: int, **sizes: Any) -> Any:
+        from sae_lens.saes.matryoshka_batchtopk_sae import (
+            MatryoshkaBatchTopKTrainingSAE,
+            MatryoshkaBatchTopKTrainingSAEConfig,
+        )
+
+        widths = list(matryoshka_prefixes(sizes["d_sae"]))
+        return MatryoshkaBatchTopKTrainingSAE(
+            MatryoshkaBatchTopKTrainingSAEConfig(k=k, matryoshka_widths=widths, **sizes)
+        )
 
 
 class SAELensJumpReLU(SAELens):

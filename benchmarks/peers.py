@@ -35,7 +35,7 @@ from .case import OURS
 from .child import output_of
 from .phases import PHASES, timed
 from .problem import Problem, Shape
-from .report import HEADER, NotMeasured, Row, Target, write_json
+from .report import NotMeasured, Row, Target, tell
 from .steps import DenseStep, OurStep, Step
 from .timing import clock_of, interleaved, quantiles
 
@@ -286,14 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     rows, result = measure(problem, options.rounds)
-    print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
-    print(f"medians of {options.rounds} interleaved rounds; a ratio below 1 is faster\n\n{HEADER}")
-    for row in rows:
-        print(row.line())
-    for name, why in (result["absent"] | result["wrong"]).items():
-        print(f"{name}: {why}")
-    kept = options.json is None or write_json(options.json, result)
-    return 0 if kept and not result["wrong"] else 1
+    return tell(rows, result, options.json)
 
 
 if __name__ == "__main__":

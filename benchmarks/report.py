@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,8 +37,8 @@ class Target(NamedTuple):
 class Row:
     """Ours against one rival.
 
-    `ours` and `theirs` are seconds, or bytes where `unit` says so; `ratio.p50` is the quotient of their medians, and
-    its other two quantiles say how far the rounds of the run spread. Below 1 we win.
+    `ours` and `theirs` are seconds, or bytes or plain numbers where `unit` says so; `ratio.p50` is the quotient of
+    their medians, and its other two quantiles say how far the rounds of the run spread. Below 1 we win.
     """
 
     what: str
@@ -76,7 +76,7 @@ class Row:
 
     def line(self) -> str:
         """The row of the printed table, under `HEADER`."""
-        scale, unit = (1e3, "ms") if self.unit == "seconds" else (2.0**-20, "MB")
+        scale, unit = {"seconds": (1e3, "ms"), "bytes": (2.0**-20, "MB"), "times": (1, "x ")}[self.unit]
         must, stretch = (f"{bound:.3g}" for bound in self.target) if self.target else ("-", "-")
         return (
             f"{label(self.what, self.shape, self.k, self.rival)} {self.ours.p50 * scale:7.4g} {unit} "
@@ -105,6 +105,21 @@ def label(what: str, shape: Shape, k: str, rival: str | None = None) -> str:
     """The first columns of a line: of a row, or of a case that gave none."""
     name = f"{what} / {rival}" if rival else what
     return f"{name:66s} {shape!s:>18s} {k:>8s}"
+
+
+def tell(rows: Iterable[Row], result: Mapping[str, Any], path: Path | None) -> int:
+    """Print the rows, under what they were measured on, and why others are missing; keep `result` where `path` says.
+
+    The exit status is 1 where somebody's result is wrong, or that of ours was not kept.
+    """
+    print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
+    print(f"medians of {result['rounds']} interleaved rounds; a ratio below 1 is faster\n\n{HEADER}")
+    for row in rows:
+        print(row.line())
+    for name, why in (result["absent"] | result["wrong"]).items():
+        print(f"{name}: {why}")
+    kept = path is None or write_json(path, result)
+    return 0 if kept and not result["wrong"] else 1
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> bool:

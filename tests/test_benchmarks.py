@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_dispatch import run_python
 
 import aksae_kernels as ak
 from aksae_kernels.optim import SAEAdam
-from benchmarks import child, isa, memory, ops, peers, phases, run, steps, timing, train_step
+from benchmarks import child, fit, fvu, isa, memory, ops, peers, phases, run, steps, timing, train_step
 from benchmarks.case import OURS, Case, Contest, Rival
 from benchmarks.problem import KS, Problem, Shape
 from benchmarks.report import NotMeasured, Row, Target
@@ -480,3 +481,45 @@ def test_the_microbenchmarks_run():
     )
     assert done.returncode == 0, done.stdout
     assert "8 passed" in done.stdout
+
+
+TINY_FIT = ["--shape", "32", "16", "64", "--k", "4", "--rounds", "1"]
+
+
+def test_a_step_of_fit_stands_beside_the_bare_ops(capsys, tmp_path):
+    path = tmp_path / "fit.json"
+    assert fit.main([*TINY_FIT, "--json", str(path)]) == 0
+    printed, kept = capsys.readouterr().out, json.loads(path.read_text())
+    targets = {(row["what"], row["rival"]): row["must"] for row in kept["rows"]}
+    for name in fit.PEERS:
+        assert targets[f"fit, {name}", fit.BARE] == 1.10
+        for peer in fit.PEERS[name]:
+            present = (f"fit, {name}", peer.name) in targets
+            assert present == (peer.name not in kept["absent"])
+            assert not present or targets[f"fit, {name}", peer.name] == peer.target.must
+    assert targets[fit.SPINNING, fit.DENSE] == 1.15
+    assert fit.SPINNING in printed
+    assert all(row["ours"]["p50"] > 0 and row["theirs"]["p50"] > 0 for row in kept["rows"])
+
+
+def test_bare_ops_that_do_something_else_are_not_timed(monkeypatch, capsys):
+    error = fit.BareStep.error
+    monkeypatch.setattr(fit.BareStep, "error", lambda self, codes, x: 1.01 * error(self, codes, x))
+    assert fit.main([*TINY_FIT, "--selections", "TopK"]) == 1
+    printed = capsys.readouterr().out
+    assert "TopK: the bare ops make" in printed
+    assert f"fit, TopK / {fit.BARE}" not in printed
+
+
+def test_what_selections_learn_is_judged_on_rows_that_were_held_out(capsys, tmp_path):
+    rows = fit.sparse_rows(600, 16)
+    np.save(tmp_path / "train.npy", rows[:500])
+    np.save(tmp_path / "heldout.npy", rows[500:])
+    places = ["--train", str(tmp_path / "train.npy"), "--heldout", str(tmp_path / "heldout.npy")]
+    sizes = ["--d-sae", "64", "--k", "4", "--steps", "60", "--batch-size", "64"]
+    assert fvu.main([*places, *sizes, "--selections", "TopK", "--json", str(tmp_path / "fvu.json")]) == 0
+    records = json.loads((tmp_path / "fvu.json").read_text())["records"]
+    ours = next(record for record in records if record["name"] == "aksae.fit, TopK")
+    assert ours["name"] in capsys.readouterr().out
+    assert ours["l0"] == 4
+    assert 0 < ours["fvu"] < 0.9
