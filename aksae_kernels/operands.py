@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .codes import SparseCodes, acc_dtype, live_slots
+from .codes import SparseCodes, acc_dtype, gather_at
 
 
 def rows(matrix: Tensor) -> Tensor:
@@ -45,17 +45,12 @@ def among(candidates: SparseCodes, chosen: SparseCodes, dtype: torch.dtype) -> S
 
 def above(candidates: SparseCodes, limit: Tensor) -> Tensor:
     """The values of the candidates `[B, K]`, 0 where they are `<=` their limit of the `[F]` limits."""
-    limits = limit[torch.where(live_slots(candidates), candidates.indices, 0).long()]
-    return torch.where(candidates.values <= limits, 0, candidates.values)
+    return torch.where(candidates.values <= gather_at(limit, *candidates[1:]), 0, candidates.values)
 
 
 def with_bias(dots: Tensor, indices: Tensor, counts: Tensor, b: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`dots + b[indices]` rounded to `dtype`, 0 past the counts; None for no bias."""
-    if b is not None:
-        live = live_slots(SparseCodes(dots, indices, counts))
-        # Of a bias without latents nothing is live, and nothing can be gathered.
-        dots = torch.where(live, dots + b[torch.where(live, indices, 0).long()], 0) if len(b) else dots
-    return dots.to(dtype)
+    """`dots + b[indices]` rounded to `dtype`; None for no bias. Past the counts dots are 0, and stay so."""
+    return (dots if b is None else dots + gather_at(b, indices, counts)).to(dtype)
 
 
 def limits(pre_acts: Tensor, threshold: Tensor, n_latents: int | None = None) -> Tensor:

@@ -48,7 +48,7 @@ from ._arguments import (
     threshold_of,
     wrong,
 )
-from .codes import SparseCodes, acc_dtype, as_d_sae, as_int, live_slots
+from .codes import SparseCodes, acc_dtype, as_d_sae, as_int, gather_at, live_slots
 
 _library = torch.library.Library("aksae", "DEF")
 
@@ -225,10 +225,8 @@ def _dual(primal: Tensor, *parts: Tensor | None) -> Tensor:
 
 
 def _at(dense: Tensor | None, indices: Tensor, counts: Tensor) -> Tensor | None:
-    """`SparseCodes.gather` of a `dense` that may be missing."""
-    if dense is None:
-        return None
-    return SparseCodes(indices, indices, counts).gather(dense)
+    """`gather_at` of a `dense` that may be missing."""
+    return None if dense is None else gather_at(dense, indices, counts)
 
 
 def _selection_setup(ctx, inputs, output):
