@@ -59,6 +59,11 @@ def global_sum(local: Tensor) -> Tensor:
     return _GlobalSum.apply(local) if world_size() > 1 else local
 
 
+def global_mean(of_rows: Tensor, n_rows: int | Tensor) -> Tensor:
+    """The sum of every process's `of_rows [B, ...]` over `n_rows`, the rows of all of them (`global_rows`)."""
+    return global_sum(of_rows.sum()) / n_rows
+
+
 def global_rows(rows: Tensor) -> int | Tensor:
     """How many vectors `rows [..., D]` has, every process's together. Nothing waits for an accelerator."""
     own = rows.shape[:-1].numel()

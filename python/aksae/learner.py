@@ -15,7 +15,7 @@ from aksae_kernels.optim import SAEAdam
 
 from .batches import Batch
 from .config import FitConfig, SAEConfig, from_dict, to_dict
-from .distributed import from_rank_0, gathered, global_rows, global_sum, sum_gradients
+from .distributed import from_rank_0, gathered, global_mean, global_rows, sum_gradients
 from .errors import UserError
 from .losses import DeadLatents, SAELoss, sae_loss, spread
 from .sae import SAE
@@ -117,13 +117,10 @@ class Learner:
     @torch.no_grad()
     def terms(self, loss: SAELoss, batch: Batch) -> dict[str, float]:
         """The loss terms and the state of a step, of all processes together, read from the device."""
-        selection = self.sae.config.selection
+        selection, k = self.sae.config.selection, self.last_k
         target, codes = self.sae.target(batch.x, batch.target), loss.codes
         n_rows = global_rows(target)
         variance = spread(target, n_rows) / target.shape[-1]
-
-        def mean(of_rows: Tensor) -> Tensor:
-            return global_sum(of_rows.sum()) / n_rows
 
         terms = {
             "loss": loss.total,
@@ -132,9 +129,9 @@ class Learner:
             "penalty": loss.penalty,
             "sparsity": loss.sparsity,
             "aux": loss.aux,
-            "l0": mean(codes.mask() & (codes.values != 0)),
-            "k_mean": mean(self.last_k) if isinstance(self.last_k, Tensor) else self.last_k or selection.budget(),
-            "capped": mean(codes.counts == codes.indices.shape[-1]),
+            "l0": global_mean(codes.mask() & (codes.values != 0), n_rows),
+            "k_mean": global_mean(k, n_rows) if isinstance(k, Tensor) else k or selection.budget(),
+            "capped": global_mean(codes.counts == codes.indices.shape[-1], n_rows),
             "dead": self.dead.mask().float().mean(),
         }
         return {"lr": self.lr, **{name: None if value is None else float(value) for name, value in terms.items()}}

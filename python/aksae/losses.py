@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aksae_kernels import SparseCodes, decode_mse, encode_at, topk_encode
 
-from .distributed import global_max, global_rows, global_sum
+from .distributed import global_max, global_mean, global_rows, global_sum
 from .sae import SAE
 from .selections import Encoder
 
@@ -137,17 +137,17 @@ def sae_loss(
     with_aux = aux_coef > 0 and dead.may_be()
     error, residual = selection.error(sae, codes, wanted, residual=with_aux)
     n_rows = global_rows(wanted)
-    recon = _mean(error, n_rows) / wanted.shape[-1]
+    recon = global_mean(error, n_rows) / wanted.shape[-1]
     none = recon.new_zeros(())
     sparsity = aux = none
     penalty = none if penalty is None else penalty * spread(wanted, n_rows) / wanted.shape[-1]
     if sparsity_coef > 0:
         l1 = codes.values.sum(-1, dtype=torch.promote_types(codes.values.dtype, torch.float32))
         length = torch.linalg.vector_norm(x if sae.config.input_scale == 1 else x * sae.config.input_scale, dim=-1)
-        sparsity = _mean(l1, n_rows) / _mean(length, n_rows)
+        sparsity = global_mean(l1, n_rows) / global_mean(length, n_rows)
     if residual is not None:
         aux_codes = encode_at(dead.codes(encoder, wanted.shape[-1] // 2), *encoder)
-        left = _mean(decode_mse(aux_codes, sae.W_dec, None, residual), n_rows)
+        left = global_mean(decode_mse(aux_codes, sae.W_dec, None, residual), n_rows)
         whole = spread(residual, n_rows)
         counts = dead.mask().any() & (whole > 0)
         aux = torch.where(counts, left / torch.where(counts, whole, 1), 0)
@@ -155,16 +155,11 @@ def sae_loss(
     return SAELoss(total, recon, penalty, sparsity, aux, codes)
 
 
-def _mean(of_rows: Tensor, n_rows: int | Tensor) -> Tensor:
-    """The mean of `[B]` over the rows of all processes."""
-    return global_sum(of_rows.sum()) / n_rows
-
-
 def spread(rows: Tensor, n_rows: int | Tensor) -> Tensor:
     """`mean_i |rows_i - mean(rows)|^2` over the rows of all processes."""
     # Detached: the squares do not change with the mean, to first order.
     mean = global_sum(rows.detach().sum(0)) / n_rows
-    return _mean((rows - mean).square().sum(-1), n_rows)
+    return global_mean((rows - mean).square().sum(-1), n_rows)
 
 
 def probe_loss(probe: nn.Module, x: Tensor, labels: Tensor, penalty: float) -> Tensor:

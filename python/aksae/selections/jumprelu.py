@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aksae_kernels import SparseCodes, batch_topk_encode, sparse_encode, threshold_encode
 
-from ..distributed import global_rows, global_sum
+from ..distributed import global_mean, global_rows
 from ..errors import UserError
 from .selection import CAP, Chosen, Encoder, Selection, at_least
 
@@ -89,7 +89,7 @@ class JumpReLU(Selection):
         near = threshold_encode(*encoder, threshold=reach, k_max=self.width(sae.config.d_sae))
         values, fires = _JumpReLU.apply(near.values, _at(theta, near), self.bandwidth)
         # The square is that of the whole batch's L0, not a mean of the processes' squares.
-        l0 = global_sum(fires.sum()) / global_rows(x)
+        l0 = global_mean(fires, global_rows(x))
         target = self.l0 if k is None else k
         return Chosen(near._replace(values=values), self.penalty * (l0 / target - 1).square())
 
