@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .config import BUNDLED_MODEL, ModelConfig, user_path
 from .errors import UserError
+from .files import dtype_name
 from .identity import digest_of_file, digest_of_json, digest_of_tensors
 from .sites import Site, find_module, hidden_states, read_sites
 
@@ -100,7 +101,7 @@ class LanguageModel:
             "model weights": digest_of_tensors(weights),
             "model configuration": digest_of_json(_settings(self.model.config.to_diff_dict())),
             "tokenizer": digest_of_json([tokenizer.get_vocab(), sorted(tokenizer.all_special_ids)]),
-            "model.dtype": str(self.model.dtype).removeprefix("torch."),
+            "model.dtype": dtype_name(self.model.dtype),
             "model.layer": self.layer,
         }
 
@@ -197,7 +198,7 @@ class LanguageModel:
     def described(self, site: Site) -> str:
         """Model and site in words, for messages."""
         hook = "" if site.hook == "resid_post" else f" {site.hook}"
-        return f"{self.name}, layer {site.layer}{hook}, {str(self.model.dtype).removeprefix('torch.')}"
+        return f"{self.name}, layer {site.layer}{hook}, {dtype_name(self.model.dtype)}"
 
     def _module(self, site: Site) -> nn.Module:
         """The module that is hooked to read at a site."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .activations import LanguageModel
 from .errors import UserError
-from .files import check_space
+from .files import check_space, dtype_name
 from .identity import digest_of_json
 from .reading import Activations, open_activations
 from .sites import Site
@@ -197,10 +197,10 @@ class _Work:
                 place = rows[site][begin : begin + len(values)]
                 place.copy_(values)
                 if not place.isfinite().all():
-                    fits = "numbers" if not values.isfinite().all() else f"numbers that {_plain(place.dtype)} can hold"
+                    limit = f" that {dtype_name(place.dtype)} can hold" if values.isfinite().all() else ""
                     raise UserError(
                         f"activations: got NaN or infinity in context {context} ({self.model.described(site)}), needs "
-                        f"{fits}"
+                        f"numbers{limit}"
                     )
 
     def _beside(self, shard: np.ndarray, x: Tensor) -> dict[str, Tensor]:
@@ -282,7 +282,3 @@ def _fingerprint(identity: dict[str, Any], contexts: ContextSet) -> str:
 
 def _dtype(store: _Store) -> torch.dtype:
     return getattr(torch, store.info["dtype"])
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

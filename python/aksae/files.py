@@ -25,6 +25,11 @@ from .errors import UserError
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`: how files, settings and messages name a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
 def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write `config.json` and `sae.safetensors` into `folder`, as `write_files` does."""
     write_files({folder / CONFIG: config, folder / WEIGHTS: tensors})

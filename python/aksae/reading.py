@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .config import user_path
 from .errors import UserError
+from .files import dtype_name
 from .identity import digest_of_json
 from .mixing import MixedBatches
 from .shards import Shard, blocks_of, files_of, shards_of
@@ -42,7 +43,7 @@ class Activations:
         for shard in self.shards:
             for what, of_shard, of_first in (
                 ("rows of width", shard.d_in, first.d_in),
-                ("numbers in", _plain(shard.dtype), _plain(first.dtype)),
+                ("numbers in", dtype_name(shard.dtype), dtype_name(first.dtype)),
                 ("rows with", _names(shard), _names(first)),
             ):
                 if of_shard != of_first:
@@ -188,7 +189,3 @@ def open_activations(path: str | Path) -> Activations:
 
 def _names(shard: Shard) -> str:
     return " and ".join(sorted(shard.numbers)) or "neither tokens nor contexts"
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

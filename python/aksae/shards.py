@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .files import map_pickle, read_tensors
+from .files import dtype_name, map_pickle, read_tensors
 
 ROWS = ("x", "activations")
 """Names that activations go by in a file of several tensors or columns; the only floating `[N, D]` needs no name."""
@@ -146,14 +146,14 @@ def _rows_name(path: Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]
     if len(tensors) == 1:
         # Whatever it is: the check of its shape says what is wrong with it.
         return next(iter(tensors))
-    listed = ", ".join(f"{name} {str(dtype)[6:]} {list(shape)}" for name, (dtype, shape) in tensors.items()) or "none"
-    raise UserError(f"{path}: got the tensors {listed}, needs one named {' or '.join(ROWS)}")
+    found = [f"{name} {dtype_name(dtype)} {list(shape)}" for name, (dtype, shape) in tensors.items()]
+    raise UserError(f"{path}: got the tensors {', '.join(found) or 'none'}, needs one named {' or '.join(ROWS)}")
 
 
 def _check_rows(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     floating = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     if len(shape) != 2 or shape[1] < 1 or dtype not in floating:
-        got = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+        got = f"{dtype_name(dtype)} {list(shape)}"
         raise UserError(f"{name}: got {got}, needs float16, bfloat16, float32 or float64 [N, D]")
 
 

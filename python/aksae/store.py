@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .files import read_json, write_files, write_json
+from .files import dtype_name, read_json, write_files, write_json
 from .identity import digest_of_file
 from .shards import Shard, shards_of
 
@@ -44,7 +44,7 @@ def store_shards(folder: Path) -> tuple[list[Shard], dict[str, Any]]:
     shards = []
     for entry in info["shards"]:
         (shard,) = shards_of(folder / entry["file"])
-        got = {"rows": shard.n, "d_in": shard.d_in, "dtype": str(shard.dtype).removeprefix("torch.")}
+        got = {"rows": shard.n, "d_in": shard.d_in, "dtype": dtype_name(shard.dtype)}
         for name, needed in {"rows": entry["rows"], "d_in": info["d_in"], "dtype": info["dtype"]}.items():
             if got[name] != needed:
                 raise UserError(f"{shard.path}: {name}: got {got[name]}, needs {needed}, as {MANIFEST} says")

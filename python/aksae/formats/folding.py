@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import dtype_name
 from .stored import Activation, AdaptiveK, JumpReLU, ReLU, StoredSAE, TopK
 
 _KEEPS = {
@@ -144,5 +145,4 @@ def _noted(sae: StoredSAE, note: str, **fields: Any) -> StoredSAE:
 
 def _rounded(sae: StoredSAE) -> str:
     """What to say of folding into 16-bit weights: the rounding shows."""
-    name = str(sae.W_enc.dtype).removeprefix("torch.")
-    return f", rounded to {name}" if sae.W_enc.dtype.itemsize == 2 else ""
+    return f", rounded to {dtype_name(sae.W_enc.dtype)}" if sae.W_enc.dtype.itemsize == 2 else ""

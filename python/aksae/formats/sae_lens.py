@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import FLAT, flat_selection, selection_of
 from ..errors import UserError
+from ..files import dtype_name
 from .folding import Needs, exactly
 from .native import probe_of, probe_tensors
 from .reading import Fields, Tensors, agree
@@ -81,7 +82,7 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
     config = {
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
-        "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
+        "dtype": dtype_name(sae.W_enc.dtype),
         "device": "cpu",
         "apply_b_dec_to_input": sae.subtract_b_dec,
         "normalize_activations": sae.input_norm,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..files import dtype_name
 from ..sae import SAE
 from ._checks import require_unscaled
 from ._codes import decode_dense
@@ -89,7 +90,7 @@ class SAEBenchAdapter(nn.Module):
             d_sae,
             hook_layer,
             hook_name or f"blocks.{hook_layer}.hook_resid_post",
-            _name(self.dtype),
+            dtype_name(self.dtype),
             str(self.device),
             architecture,
             context_size=context_size,
@@ -122,7 +123,7 @@ class SAEBenchAdapter(nn.Module):
     def to(self, *args, **kwargs) -> SAEBenchAdapter:
         """As for every module; `cfg.dtype` and `cfg.device` follow."""
         super().to(*args, **kwargs)
-        self.cfg.dtype, self.cfg.device = _name(self.dtype), str(self.device)
+        self.cfg.dtype, self.cfg.device = dtype_name(self.dtype), str(self.device)
         return self
 
     def encode(self, x: Tensor) -> Tensor:
@@ -148,7 +149,3 @@ def _check(sae: nn.Module) -> None:
     wanted = {"W_dec": W_dec, "W_enc": W_dec, "b_enc": W_dec[:1], "b_dec": W_dec[1:]}
     if len(W_dec) != 2 or shapes != wanted:
         raise UserError(f"sae: got shapes {shapes}, needs W_enc and W_dec [F, D], b_enc [F] and b_dec [D]")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
