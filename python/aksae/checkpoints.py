@@ -20,6 +20,7 @@ from .files import WEIGHTS, check_writable, finite, read_pickle, write_files
 _NAME = re.compile(r"checkpoint-(\d{9})")
 _STATE = "state.pt"
 LOG = "metrics.jsonl"
+"""The log of a run, a record a line."""
 
 
 def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoints import LOG
 from .errors import UserError
 from .evaluate import check_evaluated
 
@@ -146,13 +147,13 @@ def _read_json(run: Path, name: str) -> dict:
 
 def _read_metrics(run: Path) -> list[dict]:
     records = []
-    for number, line in enumerate(_read_text(run, "metrics.jsonl").split("\n"), start=1):
+    for number, line in enumerate(_read_text(run, LOG).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"run: {run / 'metrics.jsonl'} line {number} is not valid JSON ({error})") from None
+            raise UserError(f"run: {run / LOG} line {number} is not valid JSON ({error})") from None
         if isinstance(record, dict):
             records.append(record)
     return records
@@ -284,7 +285,7 @@ def _history(metrics: list[dict], key: str, title: str, caption: str) -> Chart:
     """One logged quantity against the step, both models, with phase 3 shaded."""
     series = {name: points for name in NAMES if (points := _series(metrics, name, key))}
     if not series:
-        return Chart(title, f"Not drawn: metrics.jsonl holds no finite “{key}”.")
+        return Chart(title, f"Not drawn: {LOG} holds no finite “{key}”.")
     steps = [step for points in series.values() for step, _ in points]
     values = [value for points in series.values() for _, value in points]
     phase3 = min((r["step"] for r in metrics if r.get("phase") == 3 and _is_number(r.get("step"))), default=math.inf)

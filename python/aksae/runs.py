@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .activations import resolve_device
+from .checkpoints import LOG
 from .config import SELECTION_NAMES, TrainConfig, absolute, from_dict, to_dict
 from .data import LABELS
 from .errors import UserError
@@ -21,7 +22,7 @@ _RUN_FILES = (
     "config.json",
     "data.json",
     LABELS,
-    "metrics.jsonl",
+    LOG,
     "probe.json",
     *SELECTION_NAMES,
     "eval.json",

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from .activations import resolve_device
 from .batches import Batch, listed
 from .callbacks import Callback, JsonLines, Log, Progress, Records
+from .checkpoints import LOG
 from .config import SAEConfig, TrainConfig, adaptive_config, cache_folder, validate
 from .data import (
     LABELS,
@@ -154,7 +155,7 @@ def train_sae(
     reader = BatchReader(split.store, probe_reads=config.probe_reads, train_on=config.train_on, device=device)
     tuner = ProbeTuner(sae, config, len(split.labels)) if sae.probe is not None else None
     settings = fit_config(config, name, resume=resume)
-    records = JsonLines(config.output / "metrics.jsonl", model=name) if log is None else Records(log, model=name)
+    records = JsonLines(config.output / LOG, model=name) if log is None else Records(log, model=name)
     # The tuner's terms go into the records, so it comes first.
     callbacks = [tuner or Phase2(), records, Progress(name)]
     fit(sae, reader.training(config.batch_size, config.seed, split.labels), settings, callbacks)

@@ -12,6 +12,7 @@ from aksae_kernels import frozen
 
 from .activations import resolve_device
 from .callbacks import JsonLines, Progress
+from .checkpoints import LOG
 from .config import SAEConfig, TrainConfig, cache_folder, selection_for, validate
 from .data import collect_contexts, read_corpus
 from .distributed import join_process_group, on_rank_0, own_device
@@ -89,7 +90,7 @@ def _train(config: TrainConfig, device: torch.device, resume: bool) -> TrainResu
         on_rank_0(lambda: _start(config, rows))
     name = config.selection
     sae = SAE(SAEConfig(rows.d_in, config.d_sae, selection_for(config)), generator=seeded(config))
-    callbacks = [JsonLines(config.output / "metrics.jsonl", model=name), Progress(name)]
+    callbacks = [JsonLines(config.output / LOG, model=name), Progress(name)]
     fit(sae, rows.batches, fit_config(config, name, resume=resume, normalize="mean-norm"), callbacks)
     evaluation = _evaluate(sae, rows, config, device)
     on_rank_0(lambda: write_evaluation(config.output, evaluation))
