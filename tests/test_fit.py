@@ -293,6 +293,8 @@ def test_a_generator_that_ends_is_an_error():
             [torch.ones(4, D), torch.full((4, D), float("nan"))],
             r"activations: got NaN .* in rows 0, 1, 2, 3 of batch 1",
         ),
+        # Finite, until it is in the dtype of the weights.
+        ([torch.full((4, D), 1e300, dtype=torch.float64)], "activations: got NaN or infinity in rows 0, 1, 2, 3 of"),
     ],
 )
 def test_a_bad_batch_is_named(given, message):

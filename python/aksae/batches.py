@@ -103,6 +103,14 @@ class Batch:
         return listed("context", self.contexts[self.place[rows].cpu()])
 
 
+def broken_rows(x: Tensor) -> Tensor:
+    """Which of the rows `x [B, D]` hold a NaN or an infinity: `[n]`, ascending. Waits for an accelerator."""
+    # A sum is finite only if all its terms are, and costs a third of looking at each. It may overflow although they
+    # are, so 16-bit numbers are summed in fp32, and rows whose sum is not finite are looked at.
+    suspected = (~x.sum(-1, dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()).nonzero().squeeze(1)
+    return suspected[~x[suspected].isfinite().all(-1)]
+
+
 def listed(what: str, numbers: Tensor) -> str:
     """`context 3`, `contexts 3, 5`, at most five of them."""
     distinct = numbers.unique().tolist()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import text_stats
 from .activations import LanguageModel
-from .batches import Batch, listed
+from .batches import Batch, broken_rows, listed
 from .collect import collect
 from .complexity import score_contexts
 from .config import LabelConfig, ModelConfig, ProbeReads, TextConfig
@@ -201,8 +201,7 @@ class BatchReader:
         # On the host, where the number of contexts costs no synchronisation.
         contexts, place = context.unique(return_inverse=True)
         x, probed = self.store.rows(rows), self._context_vectors(contexts)
-        # A sum is finite only if all its terms are, and costs a third of looking at each.
-        broken = torch.cat([of[~values.sum(-1).isfinite()] for values, of in ((x, context), (probed, contexts))])
+        broken = torch.cat([of[broken_rows(values)] for values, of in ((x, context), (probed, contexts))])
         if len(broken):
             raise UserError(
                 f"activations: got NaN or infinity at {where} in {listed('context', broken)}, needs numbers"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .activations import resolve_device
-from .batches import Batch, BatchStream
+from .batches import Batch, BatchStream, broken_rows
 from .callbacks import Callback, JsonLines
 from .checkpoints import LOG, checkpoints, claim, read_state, rng_state, set_rng_state, write_checkpoint
 from .config import FitConfig, validate_fit
@@ -179,9 +179,8 @@ class Run:
         for learner in self.learners:
             batch.check_widths(learner.sae.config, number)
         batch = batch.to(self.device, self.learners[0].sae.W_dec.dtype)
-        # A sum is finite only if all its terms are, and costs a third of looking at each.
-        if self.device.type == "cpu" and not batch.x.sum(-1).isfinite().all():
-            broken = (~batch.x.sum(-1).isfinite()).nonzero().squeeze(1)
+        # Also where the source has looked: in the dtype of the weights a number may have become infinite.
+        if self.device.type == "cpu" and len(broken := broken_rows(batch.x)):
             raise UserError(
                 f"activations: got NaN or infinity in {batch.named(broken)} of batch {number}, needs numbers"
             )

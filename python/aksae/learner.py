@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from aksae_kernels.optim import SAEAdam
 
-from .batches import Batch
+from .batches import Batch, broken_rows
 from .config import FitConfig, SAEConfig, from_dict, to_dict
 from .distributed import from_rank_0, gathered, global_mean, global_rows, sum_gradients
 from .errors import UserError
@@ -184,7 +184,7 @@ class Learner:
     @torch.no_grad()
     def _diverged(self, batch: Batch, loss: SAELoss, step: int) -> str:
         y = self.sae.decode_scaled(loss.codes, batch.x)
-        broken = (~y.isfinite().all(-1)).nonzero().squeeze(1)
+        broken = broken_rows(y)
         where = f" in {batch.named(broken)}" if len(broken) else ""
         return (
             f"loss: got {float(loss.total)} at step {step}{where}, needs a finite number; the activations are finite, "

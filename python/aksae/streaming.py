@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .activations import LanguageModel
+from .batches import broken_rows
 from .errors import UserError
 from .mixing import MixedBatches
 from .sites import Site
@@ -38,9 +39,9 @@ class ForwardBlock:
         hidden = self.model.read(self.contexts.input_ids[self.index][:, cut], attended[:, cut], [self.site])[self.site]
         loss_mask = torch.from_numpy(np.ascontiguousarray(mask[:, cut]))
         x = hidden[loss_mask.to(hidden.device)].cpu()
-        broken = ~x.sum(-1).isfinite()
-        if broken.any():
-            context = np.repeat(self.index, mask.sum(1))[broken.numpy()][0]
+        broken = broken_rows(x)
+        if len(broken):
+            context = np.repeat(self.index, mask.sum(1))[int(broken[0])]
             raise UserError(
                 f"activations: got NaN or infinity in context {context} ({self.model.described(self.site)}), needs "
                 "numbers"
