@@ -88,10 +88,7 @@ class Batch:
         def moved(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            if device.type == "cuda" and value.device.type == "cpu":
-                # From pinned memory the host does not wait for the copy.
-                value = value.pin_memory()
-            return value.to(device, dtype if value.is_floating_point() else value.dtype, non_blocking=True)
+            return to_device(value, device, dtype if value.is_floating_point() else value.dtype)
 
         fields = {name: moved(getattr(self, name)) for name in self.__dataclass_fields__ if name != "contexts"}
         return Batch(**fields, contexts=self.contexts)
@@ -101,6 +98,13 @@ class Batch:
         if self.contexts is None or self.place is None:
             return listed("row", rows.cpu())
         return listed("context", self.contexts[self.place[rows].cpu()])
+
+
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """`tensor` on a device, in a dtype or its own; to a GPU from pinned memory, so that the host does not wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, dtype or tensor.dtype, non_blocking=True)
 
 
 def broken_rows(x: Tensor) -> Tensor:

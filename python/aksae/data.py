@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import text_stats
 from .activations import LanguageModel
-from .batches import Batch, broken_rows, listed
+from .batches import Batch, broken_rows, listed, to_device
 from .collect import collect
 from .complexity import score_contexts
 from .config import LabelConfig, ModelConfig, ProbeReads, TextConfig
@@ -206,7 +206,8 @@ class BatchReader:
             raise UserError(
                 f"activations: got NaN or infinity at {where} in {listed('context', broken)}, needs numbers"
             )
-        return Batch(self.put(x), probed=self.put(probed), place=self.put(place), contexts=contexts)
+        x, probed, place = (to_device(tensor, self.device) for tensor in (x, probed, place))
+        return Batch(x, probed=probed, place=place, contexts=contexts)
 
     def shuffled(self, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Rows of one full batch after the other, without end: each epoch in a new order, joined without a gap."""
@@ -231,12 +232,6 @@ class BatchReader:
         """k of each row, `[B]` int32, by the SAE's probe as it is now."""
         return sae.k_for(batch.x) if self.probe_reads == "token" else sae.k_for(batch.probed)[batch.place]
 
-    def put(self, tensor: Tensor) -> Tensor:
-        """`tensor` on the reader's device; from pinned memory, so that the host does not wait for the copy."""
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
-
 
 class TrainingBatches:
     """See `BatchReader.training`; a thread reads ahead. Knows how many batches were taken."""
@@ -254,7 +249,7 @@ class TrainingBatches:
         drawn = itertools.islice(self.reader.shuffled(self.batch_size, self.seed), taken, None)
         for step, rows in enumerate(drawn, taken):
             batch = self.reader.read(rows, f"step {step}")
-            yield dataclasses.replace(batch, scores=self.reader.put(self.labels[batch.contexts]))
+            yield dataclasses.replace(batch, scores=to_device(self.labels[batch.contexts], self.reader.device))
 
     def state_dict(self) -> dict[str, int]:
         return {"taken": self.taken}
