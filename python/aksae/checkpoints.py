@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .errors import UserError
-from .files import WEIGHTS, check_writable, finite, read_pickle, write_files
+from .files import WEIGHTS, atomic_file, check_writable, finite, read_pickle, write_files
 
 _NAME = re.compile(r"checkpoint-(\d{9})")
 _STATE = "state.pt"
@@ -117,9 +117,8 @@ def cut_log(path: Path, step: int, common: Mapping[str, Any]) -> None:
             break
         if record.get("step", -1) < step or any(record.get(name) != value for name, value in common.items()):
             kept.append(json.dumps(finite(record)) + "\n")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def _flush(path: Path) -> None:
