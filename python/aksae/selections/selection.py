@@ -47,6 +47,7 @@ class Selection:
 
     A selection is a small frozen dataclass; a new one is one file in `aksae.selections`, named in its `__init__`. What
     it learns or remembers it registers on the SAE in `attach`, so that checkpoints, devices and dtypes follow.
+    Each defines `width`, `encode`, `choose` and `__str__`; the other methods have defaults.
     """
 
     exact: ClassVar[tuple[str, ...]] = ()
