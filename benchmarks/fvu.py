@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import hosts, machine
+from . import machine
 from .fit import PEERS, selections
 from .peers import absence
 from .report import write_json
@@ -63,15 +63,8 @@ def ours(name: str, k: int, d_sae: int, batches: Batches) -> Trained:
 
 def dictionary_learning(make: Any, W: Tensor, k: int, batches: Batches) -> Trained:
     """Its trainer's `update` of every step; thresholds are followed, and sparsity asked for, from the warm-up on."""
-    from dictionary_learning.trainers import jumprelu
-
-    host = make.__new__(make)
     options = {"steps": batches.steps, "lr": _LR, "warmup_steps": _WARMUP, "decay_start": int(_DECAY * batches.steps)}
-    sizes = {"activation_dim": W.shape[1], "dict_size": W.shape[0], "layer": 0, "lm_name": "", "device": "cpu"}
-    if issubclass(make, hosts.DictionaryLearningJumpReLU):
-        trainer = jumprelu.JumpReluTrainer(target_l0=float(k), sparsity_warmup_steps=_WARMUP, **options, **sizes)
-    else:
-        trainer = host.make_trainer(k, threshold_start_step=_WARMUP, **options, **sizes)
+    trainer = make.make_trainer(k, **make.sizes(W), **options, **{make.starts: _WARMUP})
     for step, x in enumerate(batches):
         trainer.update(step, x)
     return Trained(trainer.ae.encode, trainer.ae)
@@ -82,8 +75,7 @@ def sae_lens(make: Any, W: Tensor, k: int, batches: Batches) -> Trained:
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    host = make.__new__(make)
-    sae = host.make_sae(k, d_in=W.shape[1], d_sae=W.shape[0], device="cpu")
+    sae = make.make_sae(k, **make.sizes(W))
     config = SAETrainerConfig(
         total_training_samples=batches.steps * batches.batch_size,
         train_batch_size_samples=batches.batch_size,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -59,13 +59,23 @@ def _selection(sae: Any) -> tuple[Span, ...]:
 class DictionaryLearning:
     """`TopKTrainer.update`. It subtracts `b_dec`, projects, clips at 1, steps Adam and renormalises."""
 
+    starts: ClassVar[str] = "threshold_start_step"
+    """The trainer's option for the step from which on it follows thresholds, or asks for sparsity in full."""
+    timed: ClassVar[dict[str, Any]] = {}
+    """Options of the trainer whose step is timed."""
+
     def __init__(self, W: Tensor, k: int):
-        d_sae, d_in = W.shape
-        sizes = {"activation_dim": d_in, "dict_size": d_sae, "layer": 0, "lm_name": "", "device": str(W.device)}
-        self.trainer = self.make_trainer(k, steps=1_000_000, lr=LR, warmup_steps=0, **sizes)
+        self.trainer = self.make_trainer(k, **self.sizes(W), steps=1_000_000, lr=LR, warmup_steps=0, **self.timed)
         self.fill(W, k)
 
-    def make_trainer(self, k: int, **options: Any) -> Any:
+    @staticmethod
+    def sizes(W: Tensor) -> dict[str, Any]:
+        """Options for an SAE of the shape of `W [F, D]`."""
+        d_sae, d_in = W.shape
+        return {"activation_dim": d_in, "dict_size": d_sae, "layer": 0, "lm_name": "", "device": str(W.device)}
+
+    @staticmethod
+    def make_trainer(k: int, **options: Any) -> Any:
         from dictionary_learning.trainers.top_k import TopKTrainer
 
         return TopKTrainer(k=k, **options)
@@ -102,7 +112,8 @@ class DictionaryLearning:
 class DictionaryLearningBatchTopK(DictionaryLearning):
     """`BatchTopKTrainer.update`; inference goes by the threshold, here one that k latents of a row pass on average."""
 
-    def make_trainer(self, k: int, **options: Any) -> Any:
+    @staticmethod
+    def make_trainer(k: int, **options: Any) -> Any:
         from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
 
         return BatchTopKTrainer(k=k, **options)
@@ -115,10 +126,14 @@ class DictionaryLearningBatchTopK(DictionaryLearning):
 class DictionaryLearningJumpReLU(DictionaryLearning):
     """`JumpReluTrainer.update`, from thresholds that k latents of a row pass on average."""
 
-    def make_trainer(self, k: int, **options: Any) -> Any:
+    starts = "sparsity_warmup_steps"
+    timed: ClassVar[dict[str, Any]] = {"bandwidth": _BANDWIDTH, starts: 0}
+
+    @staticmethod
+    def make_trainer(k: int, **options: Any) -> Any:
         from dictionary_learning.trainers.jumprelu import JumpReluTrainer
 
-        return JumpReluTrainer(target_l0=float(k), bandwidth=_BANDWIDTH, sparsity_warmup_steps=0, **options)
+        return JumpReluTrainer(target_l0=float(k), **options)
 
     @torch.no_grad()
     def fill(self, W: Tensor, k: int) -> None:
@@ -130,7 +145,8 @@ class DictionaryLearningJumpReLU(DictionaryLearning):
 class DictionaryLearningMatryoshka(DictionaryLearningBatchTopK):
     """`MatryoshkaBatchTopKTrainer.update`, with the prefixes of `matryoshka_prefixes`."""
 
-    def make_trainer(self, k: int, **options: Any) -> Any:
+    @staticmethod
+    def make_trainer(k: int, **options: Any) -> Any:
         from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
 
         ends = matryoshka_prefixes(options["dict_size"])
@@ -151,8 +167,7 @@ class SAELens:
         from sae_lens.config import LoggingConfig, SAETrainerConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
-        d_sae, d_in = W.shape
-        sae = self.make_sae(k, d_in=d_in, d_sae=d_sae, device=str(W.device))
+        sae = self.make_sae(k, **self.sizes(W))
         with torch.no_grad():
             sae.W_enc.copy_(W.T)
             sae.W_dec.copy_(W)
@@ -166,7 +181,14 @@ class SAELens:
         )
         self.trainer = SAETrainer(config, sae, data_provider=iter(()))
 
-    def make_sae(self, k: int, **sizes: Any) -> Any:
+    @staticmethod
+    def sizes(W: Tensor) -> dict[str, Any]:
+        """Options for an SAE of the shape of `W [F, D]`."""
+        d_sae, d_in = W.shape
+        return {"d_in": d_in, "d_sae": d_sae, "device": str(W.device)}
+
+    @staticmethod
+    def make_sae(k: int, **sizes: Any) -> Any:
         from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
         return TopKTrainingSAE(TopKTrainingSAEConfig(k=k, **sizes))
@@ -197,7 +219,8 @@ class SAELens:
 class SAELensBatchTopK(SAELens):
     """`SAETrainer.step` of a `BatchTopKTrainingSAE`."""
 
-    def make_sae(self, k: int, **sizes: Any) -> Any:
+    @staticmethod
+    def make_sae(k: int, **sizes: Any) -> Any:
         from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 
         return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=k, **sizes))
@@ -206,7 +229,8 @@ class SAELensBatchTopK(SAELens):
 class SAELensMatryoshka(SAELens):
     """`SAETrainer.step` of a `MatryoshkaBatchTopKTrainingSAE`, with the prefixes of `matryoshka_prefixes`."""
 
-    def make_sae(self, k: int, **sizes: Any) -> Any:
+    @staticmethod
+    def make_sae(k: int, **sizes: Any) -> Any:
         from sae_lens.saes.matryoshka_batchtopk_sae import (
             MatryoshkaBatchTopKTrainingSAE,
             MatryoshkaBatchTopKTrainingSAEConfig,
@@ -225,7 +249,8 @@ class SAELensJumpReLU(SAELens):
         super().__init__(W, k)
         self.trainer.sae.threshold.data.fill_(threshold(W, k))
 
-    def make_sae(self, k: int, **sizes: Any) -> Any:
+    @staticmethod
+    def make_sae(k: int, **sizes: Any) -> Any:
         from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 
         return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(jumprelu_bandwidth=_BANDWIDTH, **sizes))
