@@ -35,48 +35,29 @@ from torch import Tensor, nn
 import aksae_kernels as ak
 from aksae_kernels.optim import SAEAdam
 
-from . import hosts, machine
+from . import hosts, machine, peers
 from .case import OURS
-from .peers import Peer, absence
+from .peers import A_SIXTH, DICTIONARY_LEARNING, SAE_LENS, Peer, absence
 from .problem import Problem, Shape
 from .report import Row, Target, tell
 from .steps import LR, DenseStep
 
 BARE, DENSE, SPINNING = "bare ops", "dense PyTorch", "slow-down beside a spinning process"
 _OF_BARE, _OF_DENSE = Target(1.10, 1.03), Target(1.15, 1.0)
-_SIX, _THREE = Target(1 / 6, 1 / 12), Target(1 / 3, 1 / 6)
-_DICTIONARY_LEARNING = ("dictionary_learning", "dictionary-learning")
-_SAE_LENS = ("sae_lens", "sae-lens")
+_MATRYOSHKA = {"target": A_SIXTH, "selection": "Matryoshka"}
+# `accelerate` has no subclass for these, so `benchmarks.peers` is without them.
+_NOT_ACCELERATED = (
+    Peer(
+        "dictionary_learning MatryoshkaBatchTopKTrainer",
+        *DICTIONARY_LEARNING,
+        hosts.DictionaryLearningMatryoshka,
+        **_MATRYOSHKA,
+    ),
+    Peer("SAELens MatryoshkaBatchTopKTrainingSAE", *SAE_LENS, hosts.SAELensMatryoshka, **_MATRYOSHKA),
+)
 PEERS = {
-    "TopK": (
-        Peer("dictionary_learning TopKTrainer", *_DICTIONARY_LEARNING, hosts.DictionaryLearning, target=_SIX),
-        Peer("SAELens TopKTrainingSAE", *_SAE_LENS, hosts.SAELens, target=_SIX),
-        Peer("sparsify SparseCoder + Adam", "sparsify", "eai-sparsify", hosts.Sparsify, target=_THREE),
-    ),
-    "BatchTopK": (
-        Peer(
-            "dictionary_learning BatchTopKTrainer",
-            *_DICTIONARY_LEARNING,
-            hosts.DictionaryLearningBatchTopK,
-            target=_SIX,
-        ),
-        Peer("SAELens BatchTopKTrainingSAE", *_SAE_LENS, hosts.SAELensBatchTopK, target=_SIX),
-    ),
-    "JumpReLU": (
-        Peer(
-            "dictionary_learning JumpReluTrainer", *_DICTIONARY_LEARNING, hosts.DictionaryLearningJumpReLU, target=_SIX
-        ),
-        Peer("SAELens JumpReLUTrainingSAE", *_SAE_LENS, hosts.SAELensJumpReLU, target=_SIX),
-    ),
-    "Matryoshka": (
-        Peer(
-            "dictionary_learning MatryoshkaBatchTopKTrainer",
-            *_DICTIONARY_LEARNING,
-            hosts.DictionaryLearningMatryoshka,
-            target=_SIX,
-        ),
-        Peer("SAELens MatryoshkaBatchTopKTrainingSAE", *_SAE_LENS, hosts.SAELensMatryoshka, target=_SIX),
-    ),
+    name: tuple(peer for peer in (*peers.PEERS, *_NOT_ACCELERATED) if peer.selection == name)
+    for name in ("TopK", "BatchTopK", "JumpReLU", "Matryoshka")
 }
 
 

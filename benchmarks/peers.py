@@ -57,17 +57,22 @@ class Peer(NamedTuple):
     make: Callable[[Tensor, int], hosts.Host]
     ours: str | None = None
     target: Target | None = None
-    """Of our step over the host's."""
+    """Of our step over the host's: of `ours` here, of a step of `fit` in `benchmarks.fit`."""
     accelerated: Target | None = None
     """Of the host's accelerated step over its own."""
+    selection: str | None = None
+    """The selection of ours that it trains, and stands beside in `benchmarks.fit`; None where it is left out there."""
 
 
-_DICTIONARY_LEARNING = ("dictionary_learning", "dictionary-learning")
-_SAE_LENS = ("sae_lens", "sae-lens")
-_BESIDE_OURS = {"ours": CLIPPED, "target": Target(1 / 6, 1 / 12), "accelerated": Target(1 / 4, 1 / 8)}
+DICTIONARY_LEARNING = ("dictionary_learning", "dictionary-learning")
+SAE_LENS = ("sae_lens", "sae-lens")
+A_SIXTH = Target(1 / 6, 1 / 12)
+_TOPK = {"ours": CLIPPED, "target": A_SIXTH, "accelerated": Target(1 / 4, 1 / 8), "selection": "TopK"}
+_BATCH_TOPK = {"target": A_SIXTH, "selection": "BatchTopK"}
+_JUMPRELU = {"target": A_SIXTH, "selection": "JumpReLU"}
 PEERS = (
-    Peer("dictionary_learning TopKTrainer", *_DICTIONARY_LEARNING, hosts.DictionaryLearning, **_BESIDE_OURS),
-    Peer("SAELens TopKTrainingSAE", *_SAE_LENS, hosts.SAELens, **_BESIDE_OURS),
+    Peer("dictionary_learning TopKTrainer", *DICTIONARY_LEARNING, hosts.DictionaryLearning, **_TOPK),
+    Peer("SAELens TopKTrainingSAE", *SAE_LENS, hosts.SAELens, **_TOPK),
     Peer(
         "sparsify SparseCoder + Adam",
         "sparsify",
@@ -76,11 +81,14 @@ PEERS = (
         ours=OURS,
         target=Target(1 / 3, 1 / 6),
         accelerated=Target(1 / 2, 1 / 4),
+        selection="TopK",
     ),
-    Peer("dictionary_learning BatchTopKTrainer", *_DICTIONARY_LEARNING, hosts.DictionaryLearningBatchTopK),
-    Peer("dictionary_learning JumpReluTrainer", *_DICTIONARY_LEARNING, hosts.DictionaryLearningJumpReLU),
-    Peer("SAELens BatchTopKTrainingSAE", *_SAE_LENS, hosts.SAELensBatchTopK),
-    Peer("SAELens JumpReLUTrainingSAE", *_SAE_LENS, hosts.SAELensJumpReLU),
+    Peer(
+        "dictionary_learning BatchTopKTrainer", *DICTIONARY_LEARNING, hosts.DictionaryLearningBatchTopK, **_BATCH_TOPK
+    ),
+    Peer("dictionary_learning JumpReluTrainer", *DICTIONARY_LEARNING, hosts.DictionaryLearningJumpReLU, **_JUMPRELU),
+    Peer("SAELens BatchTopKTrainingSAE", *SAE_LENS, hosts.SAELensBatchTopK, **_BATCH_TOPK),
+    Peer("SAELens JumpReLUTrainingSAE", *SAE_LENS, hosts.SAELensJumpReLU, **_JUMPRELU),
     Peer("Llamascopium SparseAutoEncoder", "llamascopium.models.sae", "llamascopium", hosts.Llamascopium),
     Peer("overcomplete TopKSAE", "overcomplete.sae", "overcomplete", hosts.Overcomplete),
 )
