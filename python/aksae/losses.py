@@ -143,7 +143,7 @@ def sae_loss(
     penalty = none if penalty is None else penalty * spread(wanted, n_rows) / wanted.shape[-1]
     if sparsity_coef > 0:
         l1 = codes.values.sum(-1, dtype=torch.promote_types(codes.values.dtype, torch.float32))
-        length = torch.linalg.vector_norm(x if sae.config.input_scale == 1 else x * sae.config.input_scale, dim=-1)
+        length = torch.linalg.vector_norm(sae.scaled(x), dim=-1)
         sparsity = global_mean(l1, n_rows) / global_mean(length, n_rows)
     if residual is not None:
         aux_codes = encode_at(dead.codes(encoder, wanted.shape[-1] // 2), *encoder)

@@ -146,10 +146,14 @@ class SAE(nn.Module):
         wanted = x if target is None else target
         return wanted if scale == 1 else wanted * scale
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """`s x`."""
+        return x if self.config.input_scale == 1 else x * self.config.input_scale
+
     def center(self, x: Tensor) -> Tensor:
         """`s x - b_dec`, as the encoder reads it; `s x` for a transcoder. The gradient of this use of `b_dec` flows
         through `encoder_bias`."""
-        scaled = x if self.config.input_scale == 1 else x * self.config.input_scale
+        scaled = self.scaled(x)
         if self.config.transcoder:
             return scaled
         return scaled - (self.b_dec.detach() if self._trains_b_dec() else self.b_dec)
@@ -165,8 +169,7 @@ class SAE(nn.Module):
 
     def skip(self, x: Tensor) -> Tensor:
         """`W_skip s x`."""
-        weight = self.get_parameter("W_skip")
-        return F.linear(x if self.config.input_scale == 1 else x * self.config.input_scale, weight)
+        return F.linear(self.scaled(x), self.get_parameter("W_skip"))
 
     def _trains_b_dec(self) -> bool:
         return torch.is_grad_enabled() and self.b_dec.requires_grad
