@@ -54,13 +54,13 @@ class BatchTopK(Selection):
         if sae.training:
             return self.choose(sae, x, encoder, None).codes
         threshold = sae.threshold.to(encoder.x.dtype)
-        return threshold_encode(*encoder, threshold=threshold, k_max=self.width(sae.config.d_sae))
+        return threshold_encode(*encoder, threshold=threshold, k_max=sae.width())
 
     def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None) -> Chosen:
         k = self.k if k is None else k
+        width = sae.width(k)
         if isinstance(k, Tensor):
-            return Chosen(encoder.topk(k, sae.width(k)))
-        width = min(max(self.width(sae.config.d_sae), k), sae.config.d_sae)
+            return Chosen(encoder.topk(k, width))
         return Chosen(batch_topk_encode(*encoder, budget=k * math.prod(x.shape[:-1]), k_max=width))
 
     @torch.no_grad()

@@ -72,13 +72,13 @@ class JumpReLU(Selection):
     @torch.no_grad()
     def start(self, sae: SAE, encoder: Encoder) -> None:
         rows = encoder.x.shape[:-1].numel()
-        codes = batch_topk_encode(*encoder, budget=self.l0 * rows, k_max=self.width(sae.config.d_sae))
+        codes = batch_topk_encode(*encoder, budget=self.l0 * rows, k_max=sae.width())
         smallest = codes.values[codes.mask()].amin() if bool(codes.counts.any()) else sae.log_threshold.new_ones(())
         sae.log_threshold.copy_(smallest.log())
 
     def encode(self, sae: SAE, x: Tensor, encoder: Encoder) -> SparseCodes:
         threshold = sae.log_threshold.detach().exp().to(encoder.x.dtype)
-        return threshold_encode(*encoder, threshold=threshold, k_max=self.width(sae.config.d_sae))
+        return threshold_encode(*encoder, threshold=threshold, k_max=sae.width())
 
     def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None) -> Chosen:
         if isinstance(k, Tensor):
@@ -86,7 +86,7 @@ class JumpReLU(Selection):
         theta = sae.log_threshold.exp()
         # The estimator's rectangle reaches half its width below a threshold.
         reach = (theta.detach() * (1 - self.bandwidth / 2)).to(encoder.x.dtype)
-        near = threshold_encode(*encoder, threshold=reach, k_max=self.width(sae.config.d_sae))
+        near = threshold_encode(*encoder, threshold=reach, k_max=sae.width())
         values, fires = _JumpReLU.apply(near.values, _at(theta, near), self.bandwidth)
         # The square is that of the whole batch's L0, not a mean of the processes' squares.
         l0 = global_mean(fires, global_rows(x))
