@@ -17,6 +17,7 @@ from .errors import UserError
 from .k_policy import KMap, as_plain_int
 from .selections import SELECTIONS, AdaptiveK, BatchTopK, JumpReLU, Matryoshka, Selection, TopK
 from .selections.adaptive import ProbeReads
+from .selections.selection import at_least
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -366,7 +367,7 @@ def validate(config: TrainConfig) -> None:
     if config.selection == "adaptivek":
         _validate_adaptive(config)
     else:
-        _within("k", config.k, 1, config.d_sae, "d_sae")
+        at_least("k", config.k, 1, config.d_sae)
         selection_for(config).check(config.d_sae)
         if config.train_on != "all":
             raise UserError(f"train_on: got {config.train_on}, needs all with the selection {config.selection}")
@@ -588,10 +589,9 @@ def _above_zero(name: str, value: float) -> None:
         raise UserError(f"{name}: got {value}, needs a number above 0")
 
 
-def _within(name: str, value: float, low: float, high: float, high_name: str | None = None) -> None:
+def _within(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        upper = f"{high_name} = {high}" if high_name else high
-        raise UserError(f"{name}: got {value}, needs a number from {low} to {upper}")
+        raise UserError(f"{name}: got {value}, needs a number from {low} to {high}")
 
 
 def _parse(hint: Any, value: Any, name: str) -> Any:
