@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from aksae import AdaptiveKSAE, cli
+from command_line import call, fails
 
 transformers = pytest.importorskip("transformers")
 
@@ -92,22 +93,6 @@ def finished(settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     assert call("train", **settings, output=folder) == 0
     return folder
-
-
-def call(*words, **options) -> int:
-    flags = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
-    return cli.main([*map(str, words), *flags])
-
-
-def fails(capsys, message, *words, status=2, **options) -> str:
-    """The command ends with `status` and one line on stderr that matches `message`."""
-    capsys.readouterr()
-    assert call(*words, **options) == status
-    # Progress bars rewrite their line.
-    lines = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.startswith("aksae: ")]
-    assert len(lines) == 1
-    assert re.search(message, lines[0]), lines[0]
-    return lines[0]
 
 
 def test_a_run_leaves_everything(finished):

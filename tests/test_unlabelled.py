@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from aksae import SAE, BatchTopK, JumpReLU, Matryoshka, TopK, cli, open_activations
+from aksae import SAE, BatchTopK, JumpReLU, Matryoshka, TopK, open_activations
 from aksae.callbacks import JsonLines
+from command_line import call, fails
 from language_models import VOCABULARY, WIDTH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,19 +78,6 @@ def source(saved, text, tmp_path):
         "text.heldout-fraction": 0.2,
         "cache": tmp_path / "cache",
     }
-
-
-def call(*words, **options) -> int:
-    flags = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
-    return cli.main([*map(str, words), *flags])
-
-
-def fails(capsys, message, *words, status=2, **options) -> None:
-    capsys.readouterr()
-    assert call(*words, **options) == status
-    lines = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.startswith("aksae: ")]
-    assert len(lines) == 1
-    assert re.search(message, lines[0]), lines[0]
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
