@@ -37,6 +37,7 @@ from .errors import UserError
 from .files import WEIGHTS, read_json, write_json
 from .identity import digest_of_file, require_same
 from .metrics import ReconstructionMetrics
+from .runs import read_run
 from .sae import SAE
 from .selections import TopK
 from .text import load_contexts
@@ -59,7 +60,6 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     Raises UserError for a folder that is no run, for checkpoints that cannot be read or are another run's, and, naming
     what differs, what the run had and what is there now, for anything else than the run was trained on.
     """
-    from .runs import read_run
     from .unlabelled import evaluate_unlabelled
 
     config = read_run(folder)
