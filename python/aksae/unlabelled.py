@@ -23,7 +23,7 @@ from .fit import fit
 from .identity import require_same
 from .metrics import ReconstructionMetrics
 from .mixing import Block, MixedBatches
-from .reading import open_activations
+from .reading import Activations, open_activations
 from .runs import TrainResult, check_output, fit_config, seeded, start_run
 from .sae import SAE
 from .shards import blocks_of
@@ -107,8 +107,7 @@ def _read(config: TrainConfig) -> _Rows:
         everything = open_activations(config.activations)
         train, heldout = everything.split(config.text.heldout_fraction)
         identity = {"activations": everything.identity(), "held-out rows": len(heldout)}
-        batches = train.batches(config.batch_size, seed=config.seed)
-        return _Rows(train.d_in, batches, list(blocks_of(heldout.shards, config.batch_size)), identity)
+        return _rows_on_disk(train, heldout, config, identity)
     cache = cache_folder(config.cache)
     corpus = read_corpus(config.model, config.text, None, cache)
     model, per_forward = corpus.model, config.model.batch_size
@@ -122,8 +121,12 @@ def _read(config: TrainConfig) -> _Rows:
     train, heldout = (
         collect_contexts(model, contexts, cache, batch_size=per_forward) for contexts in (corpus.train, corpus.heldout)
     )
+    return _rows_on_disk(train, heldout, config, identity)
+
+
+def _rows_on_disk(train: Activations, heldout: Activations, config: TrainConfig, identity: dict[str, Any]) -> _Rows:
     batches = train.batches(config.batch_size, seed=config.seed)
-    return _Rows(model.d_model, batches, list(blocks_of(heldout.shards, config.batch_size)), identity)
+    return _Rows(train.d_in, batches, list(blocks_of(heldout.shards, config.batch_size)), identity)
 
 
 def _check_same(config: TrainConfig, rows: _Rows) -> None:
