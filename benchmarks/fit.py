@@ -104,7 +104,7 @@ class BareStep:
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = (
             nn.Parameter(weight.detach().clone()) for weight in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
         )
-        # Of this many candidates a row keeps at most so many.
+        # As in `fit`, a row has at most so many latents.
         self.k_max = sae.width()
         self.threshold = nn.Parameter(sae.log_threshold.detach().exp()) if name == "JumpReLU" else None
         free = [self.W_enc, self.b_enc, self.b_dec, *(() if self.threshold is None else (self.threshold,))]

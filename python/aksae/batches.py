@@ -126,9 +126,9 @@ class BatchStream:
     """Batches without end, and where it stands, so that a run can go on where it was cut off.
 
     `source` is iterated; at its end it is iterated again. One with `state_dict` and `load_state_dict` is asked for its
-    position, and put back to it. Of another the passes before, and the batches of this pass that were taken, are read
-    once more and dropped, each of them with the random generators (torch's, NumPy's, Python's) as they were when the
-    first pass and this one began: so a DataLoader that shuffles gives the same order again.
+    position, and put back to it. Any other is read again: its earlier passes, and the batches that were taken of this
+    one, are dropped. The random generators (torch's, NumPy's, Python's) are set back to the start of the first pass and
+    of this one for it, so a DataLoader that shuffles gives the same order again.
 
     Raises UserError for a source that ends and cannot be iterated again, or has no batch at all.
     """
@@ -137,7 +137,7 @@ class BatchStream:
         self.source, self.taken = source, 0
         self._iterator: Iterator[Any] | None = None
         self._passes, self._in_pass = 0, 0
-        # Of the generators, at the start of the first pass and of this one.
+        # The states of the generators at the start of the first pass and of this one.
         self._rng: list[dict[str, Any]] = []
 
     def __next__(self) -> Batch:

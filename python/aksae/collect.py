@@ -94,7 +94,7 @@ def collect(
         there = f", of which {missing[store.folder] / 1e6:,.1f} MB are missing" if store.missing_rows < rows else ""
         say(f"{store.site}: {size}{there} in {store.folder}")
     work = _Work(model, contexts, batch_size, say, progress)
-    # Of one plan, unless folders were begun at different times.
+    # There is one plan for all, unless folders were begun at different times.
     for plan in dict.fromkeys(store.plan for store in stores if store.missing_rows):
         work.collect([store for store in stores if store.plan == plan])
     return {store.site: open_activations(store.folder) for store in stores}

@@ -95,7 +95,8 @@ class Learner:
         return loss
 
     def k(self, batch: Batch, step: int) -> int | Tensor | None:
-        """What stands in for the selection's own k: a row's own, or what falls to the selection's own."""
+        """The k of a step: each row's own, by the batch or the probe, or what `k_start` has fallen to; None for the
+        selection's."""
         if batch.k is not None:
             return batch.k
         config, selection = self.config, self.sae.config.selection
@@ -140,7 +141,7 @@ class Learner:
         """What a run that ended now would leave: the SAE, or the mean of its weights."""
         if self.ema is None:
             return self.sae
-        # Its scales were set when the mean was there already.
+        # The mean copied the config before `start` set the scales.
         self.ema.module.config = self.sae.config
         return self.ema.module
 

@@ -44,7 +44,7 @@ class _Reached(Exception):
 
 
 def hidden_states(output) -> Tensor | None:
-    """Of what a module was given or returned: hidden states come alone, or first in a tuple."""
+    """The hidden states in what a module was given or returned, which holds them alone, or first in a tuple."""
     first = output[0] if isinstance(output, (tuple, list)) and output else output
     return first if isinstance(first, Tensor) else None
 

@@ -136,6 +136,7 @@ class _JumpReLU(torch.autograd.Function):
     def backward(ctx, to_values, to_fires):
         pre_acts, threshold, fires = ctx.saved_tensors
         inside = (pre_acts.to(threshold.dtype) - threshold).abs() < threshold * (ctx.bandwidth / 2)
-        # Of the values -threshold / e, of the step -1 / e. Where nothing is inside the threshold may be 0.
+        # Inside, the values' derivative is -threshold / e and the step's -1 / e. Outside, where a threshold may be 0,
+        # the quotient is dropped.
         slope = (to_values.to(threshold.dtype) + to_fires / threshold) / -ctx.bandwidth
         return torch.where(fires, to_values, 0), torch.where(inside, slope, 0), None
