@@ -7,8 +7,8 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
-INTERPRETED := $(patsubst %,tests/test_%.py,select encode capped_encode decode optim compile triton)
-NUMERICAL := $(patsubst %,tests/test_%.py,select encode decode optim kept codes screen formats losses)
+INTERPRETED := $(patsubst %,tests/test_%.py,select encode capped_encode decode price optim compile triton)
+NUMERICAL := $(patsubst %,tests/test_%.py,select encode decode price optim kept codes screen formats losses)
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 FORMATTED := $(SOURCES) $(wildcard tests/emulation/*.h tests/emulation/*.cpp)
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .codes import MAX_LATENTS, SparseCodes, as_int, describe, readable
+from .codes import MAX_LATENTS, SparseCodes, acc_dtype, as_int, describe, readable
 
 
 def split_lead(name: str, tensor: Tensor) -> tuple[tuple[int, ...], int]:
@@ -157,6 +157,25 @@ def rows_of_k(
     k = max(0, as_int("k", k))
     width = code_width(k if k_max is None else k_max, n_latents)
     return torch.full((n_rows,), min(k, width), dtype=torch.int32, device=device), width
+
+
+def rows_of_price(price: float | Tensor, lead: tuple[int, ...], data: Tensor) -> Tensor:
+    """A price for each row, `[rows]` in the dtype that sums of `data` are held in; NaN is refused where it is seen."""
+    if isinstance(price, Tensor):
+        require_float("price", price)
+        if price.ndim:
+            require_shape("price", price, lead, "[] or the leading shape of codes")
+        if price.device != data.device:
+            raise ValueError(f"price must be on the device of x, {data.device}; got {price.device}")
+        is_nan = readable(price) and bool(price.isnan().any())
+    elif isinstance(price, (int, float)) and not isinstance(price, bool):
+        is_nan = price != price
+        price = torch.full((), float(price), dtype=torch.float64, device=data.device)
+    else:
+        raise TypeError(f"price must be a number or a floating-point tensor, got {describe(price)}")
+    if is_nan:
+        raise ValueError("price must not be NaN")
+    return price.detach().to(acc_dtype(data.dtype)).expand(lead).reshape(-1)
 
 
 def _largest(k: Tensor) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .codes import SparseCodes, acc_dtype, gather_at
+from .codes import MAX_LATENTS, SparseCodes, acc_dtype, gather_at, live_slots
+from .ordering import best_first
 
 
 def rows(matrix: Tensor) -> Tensor:
@@ -46,6 +47,16 @@ def among(candidates: SparseCodes, chosen: SparseCodes, dtype: torch.dtype) -> S
 def above(candidates: SparseCodes, limit: Tensor) -> Tensor:
     """The values of the candidates `[B, K]`, 0 where they are `<=` their limit of the `[F]` limits."""
     return torch.where(candidates.values <= gather_at(limit, *candidates[1:]), 0, candidates.values)
+
+
+def visiting_order(candidates: SparseCodes) -> tuple[Tensor, Tensor]:
+    """The slots of candidates `[B, K]` by index, and in the order in which `price_select` visits them: larger values
+    first, NaN before all, ties by smaller index. Padding is last in both."""
+    live = live_slots(candidates)
+    by_index = torch.where(live, candidates.indices, MAX_LATENTS).argsort(dim=-1, stable=True)
+    values = torch.where(live, candidates.values, -torch.inf).gather(1, by_index)
+    # Ties stay in the order of their indices, and a live -inf before the padding.
+    return by_index, by_index.gather(1, best_first(values))
 
 
 def with_bias(dots: Tensor, indices: Tensor, counts: Tensor, b: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -44,6 +44,7 @@ from ._arguments import (
     require_float,
     require_shape,
     rows_of_k,
+    rows_of_price,
     split_lead,
     threshold_of,
     wrong,
@@ -94,6 +95,12 @@ _define("sparse_value_grad", "Tensor grad, Tensor indices, Tensor counts, Tensor
 _define("sparse_encode", "Tensor x, Tensor indices, Tensor counts, Tensor W_enc, Tensor? b_enc", "Tensor")
 _define("sparse_weight_grad", f"{_CODES}, Tensor dense, SymInt d_sae, bool sums", "(Tensor grad, Tensor sums)")
 _define("scatter_codes", f"{_CODES}, SymInt d_sae", "Tensor")
+# A selection of slots of the candidates; the latents that are there come last.
+_define(
+    "price_select",
+    f"{_CODES}, Tensor W_dec, Tensor? b_dec, Tensor x, Tensor price, int passes",
+    "(Tensor values, Tensor slots, Tensor counts, Tensor indices)",
+)
 _define(
     "adam_step_",
     "Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad_scale, int step, float lr, "
@@ -175,6 +182,11 @@ def _(values, indices, counts, d_sae, backend):
     return values.new_empty(values.shape[0], d_sae)
 
 
+@_fake("price_select")
+def _(values, indices, counts, W_dec, b_dec, x, price, passes, backend):
+    return (*_fake_selected(values, values.shape[1]), torch.empty_like(indices, memory_format=torch.contiguous_format))
+
+
 @_fake("adam_step_")
 def _(param, grad, exp_avg, exp_avg_sq, grad_scale, step, lr, beta1, beta2, eps, unit_norm_rows, lazy, backend):
     return None
@@ -230,23 +242,24 @@ def _at(dense: Tensor | None, indices: Tensor, counts: Tensor) -> Tensor | None:
 
 
 def _selection_setup(ctx, inputs, output):
-    pre_acts, *_, ctx.backend = inputs
-    ctx.n_latents, ctx.n_other_inputs = pre_acts.shape[1], len(inputs) - 1
-    ctx.save_for_backward(*output[1:])
+    dense, *_, ctx.backend = inputs
+    ctx.width, ctx.n_other_inputs = dense.shape[1], len(inputs) - 1
+    ctx.save_for_backward(*output[1:3])
 
 
 def _selection_backward(ctx, grad_values, *_):
     indices, counts = ctx.saved_tensors
-    grad = torch.ops.aksae.scatter_codes(grad_values, indices, counts, ctx.n_latents, ctx.backend)
+    grad = torch.ops.aksae.scatter_codes(grad_values, indices, counts, ctx.width, ctx.backend)
     return grad, *[None] * ctx.n_other_inputs
 
 
 def _selection_forward_mode(primal, primals, tangents):
-    values, indices, counts = primal()
-    return _dual(values, _at(tangents[0], indices, counts)), indices, counts
+    values, indices, counts, *latents = primal()
+    return _dual(values, _at(tangents[0], indices, counts)), indices, counts, *latents
 
 
-for _name in ("topk_select", "batch_topk_select", "threshold_select"):
+# The candidates of price_select are a dense row to it, of which it selects slots.
+for _name in ("topk_select", "batch_topk_select", "threshold_select", "price_select"):
     _gradient(_name, _selection_setup, _selection_backward, _selection_forward_mode)
 
 
@@ -657,6 +670,61 @@ def threshold_select(pre_acts: Tensor, threshold: float | Tensor, k_max: int | N
     return _codes(out, lead)
 
 
+def price_select(
+    codes: SparseCodes,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    x: Tensor,
+    *,
+    price: float | Tensor,
+    passes: int = 1,
+) -> SparseCodes:
+    """Of candidates, those that lower a row's squared error by more than `price`, given the others that were kept.
+
+    Candidates are visited by value, larger first, ties by smaller index. With v and w the value of one and its row of
+    `W_dec`, and a residual r that starts as `x - b_dec`:
+
+        a candidate that is out joins where  2 v <r, w> - v^2 <w, w> > price;  then  r -= v w;
+        one that is in leaves where          2 v <r, w> + v^2 <w, w> < price;  then  r += v w.
+
+    This is coordinate descent on `|r|^2 + price * counts`, which never rises; one more pass over all candidates can
+    only lower it, and one that changes nothing is the last. A row's k comes out by itself, whatever the others do.
+
+    Sums are held in fp32 (fp64 for fp64). Backends may differ where a gain is within rounding of the price, and after
+    it. NaN joins, and does not leave: a NaN candidate is kept, whatever the price, and so is every candidate visited
+    after the residual has become NaN; all of a row with NaN in `x`.
+
+    Args:
+        codes: the candidates, `[..., K]`, of either sign, in any order; a repeated index is as many candidates.
+        W_dec, b_dec: `[F, D]`, rows of any norm, and `[D]` or None, as in `sparse_decode`.
+        x: `[..., D]`, what is reconstructed: an SAE's input, a transcoder's target.
+        price: in units of squared error; a number, or a floating tensor `[]` or `[...]` on the device of `x`, read
+            there. inf keeps nothing, -inf everything.
+        passes: 1 or more.
+
+    Returns:
+        Codes of the width K: those that were kept, their values as they came, indices ascending. The gradient of
+        `values` reaches those of the candidates; none flows to `x`, `W_dec`, `b_dec` or `price`.
+
+    Raises:
+        ValueError: a NaN price (on an accelerator, and while tracing: everything is kept), or fewer passes than 1.
+        IndexError, TypeError, ValueError: as `sparse_decode`.
+    """
+    require_codes(codes)
+    values, W_dec, b_dec, x = autocast(codes.values, W_dec, b_dec, x)
+    lead, flat = flat_codes(codes, values)
+    require_decoder(W_dec, b_dec)
+    require_shape("x", x, (*lead, W_dec.shape[1]), "[..., D], with the leading shape of codes")
+    require_alike(values=values, W_dec=W_dec, b_dec=b_dec, x=x)
+    prices = rows_of_price(price, lead, values)
+    passes = as_int("passes", passes)
+    if passes < 1:
+        raise ValueError(f"passes must be at least 1, got {passes}")
+    constants = (None if t is None else t.detach() for t in (W_dec, b_dec, as_rows(x)))
+    chosen, _, counts, indices = torch.ops.aksae.price_select(*flat, *constants, prices, passes, dispatch.requested())
+    return _codes((chosen, indices, counts), lead)
+
+
 def sparse_decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """`y[b] = sum_j values[b, j] * W_dec[indices[b, j]] + b_dec` (SpMM), `[..., D]`.
 
@@ -831,6 +899,7 @@ _EXPLAINED = (
     "threshold_encode",
     "batch_topk_select",
     "threshold_select",
+    "price_select",
     "sparse_decode",
     "decode_mse",
     "encode_at",

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .codes import SparseCodes, acc_dtype, check_codes, live_slots
-from .operands import above, among, exact_product, limits, require_width, whole_rows, with_bias
+from .codes import MAX_LATENTS, SparseCodes, acc_dtype, check_codes, live_slots
+from .operands import above, among, exact_product, limits, require_width, visiting_order, whole_rows, with_bias
 from .ordering import best_first, selectable
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -139,6 +139,44 @@ def sparse_encode(x: Tensor, indices: Tensor, counts: Tensor, W_enc: Tensor, b_e
 
 def scatter_codes(values: Tensor, indices: Tensor, counts: Tensor, d_sae: int) -> Tensor:
     return SparseCodes(values, indices, counts).to_dense(d_sae)
+
+
+def price_select(
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    x: Tensor,
+    price: Tensor,
+    passes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = acc_dtype(values.dtype)
+    check_codes(indices, counts, W_dec.shape[0])
+    live = live_slots(SparseCodes(values, indices, counts))
+    weight = torch.where(live, values, 0).to(acc)
+    latent = torch.where(live, indices, 0).long()
+    _, order = visiting_order(SparseCodes(values, indices, counts))
+    residual = x.to(acc) if b_dec is None else x.to(acc) - b_dec.to(acc)
+    kept = torch.zeros_like(live)
+    for slot in order.unsqueeze(-1).unbind(1) * passes if W_dec.shape[0] else ():
+        v, is_kept = weight.gather(1, slot), kept.gather(1, slot)
+        piece = W_dec[latent.gather(1, slot).squeeze(1)].to(acc)
+        linear = 2 * v * (residual * piece).sum(-1, keepdim=True)
+        quadratic = v.square() * piece.square().sum(-1, keepdim=True)
+        # A NaN joins, and what is NaN does not leave.
+        joins = ~is_kept & ~(linear - quadratic <= price.unsqueeze(-1))
+        leaves = is_kept & (linear + quadratic < price.unsqueeze(-1))
+        changes = (joins | leaves) & live.gather(1, slot)
+        # Blanked, not multiplied by zero: the row of W may hold inf.
+        residual = residual + torch.where(changes, torch.where(joins, -v, v) * piece, 0)
+        kept = kept.scatter(1, slot, is_kept ^ changes)
+    kept = torch.where((price == -torch.inf).unsqueeze(-1), live, kept)
+    slots = torch.where(kept, latent, MAX_LATENTS).argsort(dim=-1, stable=True).to(torch.int32)
+    chosen = SparseCodes(slots, slots, kept.sum(-1, dtype=torch.int32))
+    slots = torch.where(live_slots(chosen), slots, -1)
+    chosen = SparseCodes(chosen.gather(values), slots, chosen.counts)
+    return *chosen, among(SparseCodes(values, indices, counts), chosen, values.dtype).indices
 
 
 def adam_step_(

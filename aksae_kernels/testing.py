@@ -7,13 +7,14 @@ backend. Everything here is slow and obvious on purpose. Where precision matters
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from .codes import SparseCodes, live_slots
+from .codes import MAX_LATENTS, SparseCodes, live_slots
 from .double_double import DoubleDouble
 from .ordering import best_first, selectable
 
@@ -28,7 +29,9 @@ __all__ = [
     "encode_scores",
     "error_ratio",
     "exact_codes",
+    "keep_slots",
     "poison_padding",
+    "price_mask",
     "random_codes",
     "selectable",
     "topk_mask",
@@ -225,6 +228,41 @@ def _check_structure(codes: SparseCodes, leading: torch.Size, n_latents: int, wi
     assert inside[live].all(), "index outside [0, F)"
     ascending = indices[..., 1:] > indices[..., :-1]
     assert ascending[live[..., 1:]].all(), "indices of a row do not ascend"
+
+
+def price_mask(
+    codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, x: Tensor, price: float | Tensor, passes: int
+) -> Tensor:
+    """Which slots `price_select` keeps, `[..., K]` bool: its rule, a row and a candidate at a time, in fp64."""
+    kept = torch.zeros(codes.indices.shape, dtype=torch.bool, device="cpu")
+    prices = torch.as_tensor(price, dtype=torch.float64).cpu().expand(codes.counts.shape)
+    W, target = W_dec.double().cpu(), x.double().cpu() - (0 if b_dec is None else b_dec.double().cpu())
+    for row in itertools.product(*map(range, codes.counts.shape)):
+        count, limit, r = int(codes.counts[row]), float(prices[row]), target[row]
+        values, indices = codes.values[row][:count].double().tolist(), codes.indices[row][:count].tolist()
+        order = sorted(range(count), key=lambda j: (not math.isnan(values[j]), -values[j], indices[j], j))
+        for j in order * passes:
+            v, w = values[j], W[indices[j]]
+            linear, quadratic = 2 * v * float(r @ w), v * v * float(w @ w)
+            if kept[row][j]:
+                moves = linear + quadratic < limit
+            else:
+                # Not `>`: NaN joins.
+                moves = not linear - quadratic <= limit or limit == -math.inf
+            if moves:
+                r = r + (v if kept[row][j] else -v) * w
+                kept[row][j] = ~kept[row][j]
+    return kept.to(codes.indices.device)
+
+
+def keep_slots(codes: SparseCodes, kept: Tensor) -> SparseCodes:
+    """The slots of codes under `kept [..., K]`, in rows of the same width: indices ascend, and where one repeats, slots
+    do."""
+    order = torch.where(kept, codes.indices, MAX_LATENTS).argsort(dim=-1, stable=True)
+    counts = kept.sum(-1, dtype=torch.int32)
+    live = torch.arange(order.shape[-1], device=order.device) < counts.unsqueeze(-1)
+    values, indices = codes.values.gather(-1, order), codes.indices.gather(-1, order)
+    return SparseCodes(torch.where(live, values, 0), torch.where(live, indices, -1), counts)
 
 
 def poison_padding(codes: SparseCodes) -> SparseCodes:

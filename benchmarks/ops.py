@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -81,6 +82,47 @@ def _select(problem: Problem, scores: Tensor, rival: Rival) -> Contest:
     k, width = problem.k, problem.width
     ours = lambda: ak.topk_select(scores, k, width)
     return Contest(ours, lambda: check_codes(ours(), scores, k, width), (rival,))
+
+
+def price(problem: Problem) -> Contest:
+    """One pass of `price_select` over twice as many candidates as there are latents, about half of which pay, against
+    the decode of all of them."""
+    candidates, price = _priced_candidates(problem)
+    ours = lambda: ak.price_select(candidates, problem.W, None, problem.x, price=price)
+    decode = lambda: ak.sparse_decode(candidates, problem.W)
+    check = functools.partial(_check_price, ours, candidates, problem, price)
+    return Contest(ours, check, (Rival("sparse_decode of the candidates", decode, Target(2.0, 1.4), own=True),))
+
+
+def priced_encode(problem: Problem) -> Contest:
+    """The same after the encode of the candidates, against an encode that needs no choice."""
+    x, W, b, k, width = problem.x, problem.W, problem.b_enc, problem.k, problem.width
+    candidates, price = _priced_candidates(problem)
+    encode = lambda: ak.topk_encode(x, W, b, k=2 * k, k_max=2 * width)
+    ours = lambda: ak.price_select(encode(), W, None, x, price=price)
+    usual = lambda: ak.topk_encode(x, W, b, k=k, k_max=width)
+    check = functools.partial(_check_price, ours, candidates, problem, price)
+    return Contest(ours, check, (Rival("topk_encode alone", usual, Target(1.10, 1.05), own=True),))
+
+
+def _priced_candidates(problem: Problem) -> tuple[ak.SparseCodes, Tensor]:
+    candidates = ak.topk_encode(problem.x, problem.W, problem.b_enc, k=2 * problem.k, k_max=2 * problem.width)
+    # What a latent of unit norm gains alone is the square of its value.
+    return candidates, candidates.values[_live(candidates)].square().median()
+
+
+def _check_price(
+    ours: Callable[[], ak.SparseCodes], candidates: ak.SparseCodes, problem: Problem, price: Tensor
+) -> None:
+    """The choice of the reference, for some rows; a gain within rounding of the price may go either way, and others
+    after it."""
+    few = slice(0, 32)
+    kept = ours().indices[few]
+    with ak.use_backend("reference"):
+        some = ak.SparseCodes(*(part[few] for part in candidates))
+        expected = ak.price_select(some, problem.W, None, problem.x[few], price=price).indices
+    same = (kept == expected).all(-1).float().mean()
+    assert same >= 0.9, f"{1 - same:.0%} of the rows keep others than the reference"
 
 
 def decode(problem: Problem) -> Contest:

@@ -51,6 +51,7 @@ _NAMES = {
     torch.float16: "fp16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int8: "i8",
 }
 
 
@@ -160,6 +161,9 @@ def op_calls(shape: Shape, k: int, dtype: torch.dtype) -> Iterator[Any]:
     for sums in (True, False):
         yield lambda sums=sums: backend.sparse_weight_grad(*codes, x, shape.F, sums)
     yield lambda: backend.scatter_codes(*codes, shape.F)
+    prices = torch.empty(shape.B, dtype=torch.float32, device=meta)
+    for bias in (b_dec, None):
+        yield lambda bias=bias: backend.price_select(*codes, W, bias, x, prices, 2)
     moments = [torch.empty(W.shape, dtype=torch.float32, device=meta) for _ in range(2)]
     scale = torch.empty((), dtype=torch.float32, device=meta)
     for unit_norm, lazy in ((True, False), (False, False), (True, True), (False, True)):

@@ -45,6 +45,8 @@ def cpu_suite(shapes: Sequence[Shape]) -> Iterator[Measurable]:
     yield from (Case("topk_encode bf16", problem, ops.encode_bf16) for problem in encodes)
     yield from (PlainCase("topk_encode fp32 without bf16 units", problem) for problem in encodes)
     yield from (Case("topk_select", problem, ops.select) for problem in firsts)
+    yield from (Case("price_select, one pass", problem, ops.price) for problem in encodes[:: len(KS)])
+    yield Case("topk_encode + price_select", firsts[0], ops.priced_encode)
     yield from (Case("decode_mse forward + value gradient", problem, ops.decode) for problem in firsts)
     yield from (Case("both weight gradients", problem, ops.weight_grads) for problem in firsts)
     yield from (Case("forward + backward + SAEAdam", problem, steps.step) for problem in firsts)

@@ -66,6 +66,13 @@ def threshold_select(problem: Problem) -> Op:
     return selection(problem, ak.threshold_select, 2.0, problem.shape.F)
 
 
+def price_select(problem: Problem) -> Op:
+    call = lambda values: (
+        ak.price_select(problem.codes._replace(values=values), problem.W, None, problem.x, price=4.0).values
+    )
+    return Op(call, (problem.codes.values,), (0,))
+
+
 def sparse_decode(problem: Problem) -> Op:
     call = lambda values, W: ak.sparse_decode(problem.codes._replace(values=values), W)
     return Op(call, (problem.codes.values, problem.W), (0, 1))
@@ -92,6 +99,7 @@ DIFFERENTIABLE = (
     topk_select,
     batch_topk_select,
     threshold_select,
+    price_select,
     sparse_decode,
     decode_mse,
 )

@@ -37,6 +37,7 @@ CANDIDATES = {
     "gather": {"BLOCK_K": (4, 8, 16, 32)},
     "weight_grad": {"BLOCK_K": (4, 8, 16)},
     "optimizer": {},
+    "price": {},
 }
 # Less than that is noise, or not worth a table.
 _GAIN = 0.97
@@ -54,6 +55,7 @@ def workloads(problem: Problem) -> dict[str, Callable[[], object]]:
         "gather": lambda: ak.sparse_decode(codes, W),
         "weight_grad": lambda: ak.sparse_weight_grad(codes, x, len(W)),
         "optimizer": lambda: torch.ops.aksae.adam_step_(param, W, *step),
+        "price": lambda: ak.price_select(codes, W, None, x, price=1.0),
     }
 
 

@@ -251,6 +251,23 @@ void scatter_codes(const Tensor& values, const Tensor& indices, const Tensor& co
   kernels().scatter_codes(run_parallel, dtype_of(values), input, dense.size(1), dense.data_ptr());
 }
 
+void price_select(const Tensor& values, const Tensor& indices, const Tensor& counts, const Tensor& W,
+                  const std::optional<Tensor>& b, const Tensor& x, const Tensor& price, int64_t passes,
+                  const Tensor& chosen_values, const Tensor& slots, const Tensor& chosen_counts,
+                  const Tensor& latents) {
+  const auto type = values.scalar_type();
+  const auto candidates = codes(&values, indices, counts);
+  const auto weight = matrix(W, "W", type), rows = matrix(x, "x", type);
+  STD_TORCH_CHECK(rows.rows == candidates.rows && rows.cols == weight.cols, "aksae_cpu: x has a wrong shape");
+  check(price, "price", acc_type(values), {candidates.rows});
+  check(slots, "slots", ScalarType::Int, {candidates.rows, candidates.width});
+  check(latents, "latents", ScalarType::Int, {candidates.rows, candidates.width});
+  kernels().price_select(run_parallel, dtype_of(values), candidates, weight, vector(b, "b", type, weight.cols), rows,
+                         price.data_ptr(), passes,
+                         codes_out(chosen_values, slots, chosen_counts, type, candidates.rows),
+                         static_cast<int32_t*>(latents.data_ptr()));
+}
+
 void adam_step(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, int64_t step,
                double lr, double beta1, double beta2, double eps, double grad_scale, bool unit_norm_rows, bool lazy) {
   const auto type = param.scalar_type(), acc = acc_type(param);
@@ -295,6 +312,9 @@ STABLE_TORCH_LIBRARY(aksae_cpu, m) {
       "Tensor(b!)? sums) -> ()");
   m.def("scatter_codes(Tensor values, Tensor indices, Tensor counts, Tensor(a!) dense) -> ()");
   m.def(
+      "price_select(Tensor values, Tensor indices, Tensor counts, Tensor W, Tensor? b, Tensor x, Tensor price, "
+      "int passes, Tensor(a!) chosen_values, Tensor(b!) slots, Tensor(c!) chosen_counts, Tensor(d!) latents) -> ()");
+  m.def(
       "adam_step(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, int step, float lr, "
       "float beta1, float beta2, float eps, float grad_scale, bool unit_norm_rows, bool lazy) -> ()");
   m.def("first_bad_row(Tensor indices, Tensor counts, int d_sae) -> int");
@@ -312,6 +332,7 @@ STABLE_TORCH_LIBRARY_IMPL(aksae_cpu, CPU, m) {
   m.impl("sparse_value_grad", TORCH_BOX(&sparse_value_grad));
   m.impl("sparse_weight_grad", TORCH_BOX(&sparse_weight_grad));
   m.impl("scatter_codes", TORCH_BOX(&scatter_codes));
+  m.impl("price_select", TORCH_BOX(&price_select));
   m.impl("adam_step", TORCH_BOX(&adam_step));
   m.impl("first_bad_row", TORCH_BOX(&first_bad_row));
 }

@@ -82,6 +82,10 @@ struct CpuKernels {
   void (*sparse_weight_grad)(ParallelFor, DType, Codes, Matrix dense, int64_t d_sae, void* grad, void* sums);
   // The indices of a row must be distinct, as those of selections are: repeats would be rounded at every addition.
   void (*scatter_codes)(ParallelFor, DType, Codes, int64_t d_sae, void* dense);
+  // The candidates that pay. price [B] is in the accumulation type; the indices of what is written are slots of the
+  // candidates, in the order of their latents, which go to latents [B, width].
+  void (*price_select)(ParallelFor, DType, Codes candidates, Matrix W, const void* b, Matrix x, const void* price,
+                       int64_t passes, CodesOut, int32_t* latents);
 
   // param and grad [rows, cols] contiguous in the dtype, the moments in the accumulation type.
   void (*adam_step)(ParallelFor, DType, int64_t rows, int64_t cols, void* param, const void* grad, void* exp_avg,

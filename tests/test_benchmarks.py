@@ -69,7 +69,9 @@ def test_the_suite_has_every_row_of_the_target_table():
         "topk_encode fp32, latents all alike",
         "peak memory of a step",
     }
-    assert others == {(name, k) for name in in_both for k in KS} | {("decode_mse + backward", KS[1])}
+    constant = {("price_select, one pass", KS[0]), ("topk_encode + price_select", KS[0])}
+    assert others == {(name, k) for name in in_both for k in KS} | constant | {("decode_mse + backward", KS[1])}
+    assert {shape for name, shape, k in cases if name == "price_select, one pass"} == set(run.SHAPES)
 
 
 def test_every_row_is_measured_printed_and_kept(table):

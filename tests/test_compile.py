@@ -20,6 +20,7 @@ from aksae_kernels import (
     batch_topk_select,
     decode_mse,
     encode_at,
+    price_select,
     sparse_decode,
     sparse_encode,
     sparse_value_grad,
@@ -55,6 +56,7 @@ def samples(case) -> dict[str, list[tuple]]:
     acc = torch.float64 if case.dtype == torch.float64 else torch.float32
     moments = [torch.rand(20, 7, device=case.device, dtype=acc) for _ in range(2)]
     scale = torch.tensor(0.5, device=case.device, dtype=acc)
+    prices = torch.full((5,), 0.5, device=case.device, dtype=acc)
     return {
         "topk_select": [(pre_acts, k, 4)],
         "topk_encode": [(x, W, b, k, 4), (x, W, None, k, 4), (x.detach(), W, b, k, 4)],
@@ -89,6 +91,10 @@ def samples(case) -> dict[str, list[tuple]]:
             (plain["values"], indices, counts, plain["target"], 20, False),
         ],
         "scatter_codes": [(plain["values"], indices, counts, 20)],
+        "price_select": [
+            (values, indices, counts, plain["W"], b_dec.detach(), plain["target"], prices, 2),
+            (plain["values"], indices, counts, plain["W"], None, plain["target"], prices, 1),
+        ],
         "adam_step_": [
             (plain["W"].clone(), plain["W"] / 2, *moments, scale, 3, 1e-3, 0.9, 0.999, 1e-8, True, False),
             (plain["W"].clone(), plain["W"] / 2, *moments, scale, 3, 1e-3, 0.9, 0.999, 1e-8, False, True),
@@ -147,6 +153,7 @@ def calls(lead: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> dic
         "batch_topk_select": lambda: batch_topk_select(randn(*lead, 20), 9),
         "threshold_select": lambda: threshold_select(randn(*lead, 20), 0.5),
         "threshold_select per latent": lambda: threshold_select(randn(*lead, 20), randn(20), 30),
+        "price_select": lambda: price_select(codes, randn(20, 7), randn(7), randn(*lead, 7), price=0.5, passes=2),
         "sparse_decode": lambda: sparse_decode(codes, randn(20, 7), randn(7)),
         "decode_mse": lambda: decode_mse(codes, randn(20, 7), randn(7), randn(*lead, 7)),
         "sparse_encode": lambda: sparse_encode(codes, randn(*lead, 7), randn(20, 7)),

@@ -15,6 +15,7 @@ from aksae_kernels import (
     batch_topk_select,
     decode_mse,
     encode_at,
+    price_select,
     sparse_decode,
     sparse_encode,
     sparse_value_grad,
@@ -40,6 +41,7 @@ FUNCTIONS = {
     "threshold_encode": lambda x, W, b, c: threshold_encode(x, W, b, threshold=0.3, k_max=4).values,
     "encode_at": lambda x, W, b, c: encode_at(topk_encode(x, W, b, k=3), x, W, b).values,
     "sparse_encode": lambda x, W, b, c: sparse_encode(topk_encode(x, W, b, k=3), x, W),
+    "price_select": lambda x, W, b, c: price_select(topk_encode(x, W, b, k=5), W, c, x, price=1e-3).values,
     "sparse_decode": lambda x, W, b, c: sparse_decode(topk_encode(x, W, b, k=3), W, c),
     "decode_mse": lambda x, W, b, c: decode_mse(topk_encode(x, W, b, k=3), W, c, x),
     "decode_mse without bias": lambda x, W, b, c: decode_mse(topk_encode(x, W, b, k=3), W, None, x),
@@ -47,6 +49,8 @@ FUNCTIONS = {
 }
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 REFUSED = {"sparse_input_grad", "sparse_value_grad", "sparse_weight_grad", "scatter_codes", "adam_step_"}
+# Arguments that decide what is selected, and nothing else.
+COMPARED = {"threshold_select": (1,), "threshold_encode": (3,), "price_select": (3, 4, 5, 6)}
 # One that goes through most ops, where the ways to it are what is tested.
 LOSS = FUNCTIONS["decode_mse"]
 
@@ -177,8 +181,8 @@ def test_no_op_gives_a_silent_zero(case, op):
         for i, argument in enumerate(arguments):
             if not isinstance(argument, torch.Tensor) or not argument.is_floating_point():
                 continue
-            if (op, i) in (("threshold_select", 1), ("threshold_encode", 3)):
-                continue  # It is compared, nothing else.
+            if i in COMPARED.get(op, ()):
+                continue
             with torch.no_grad(), forward_ad.dual_level():
                 dual = forward_ad.make_dual(argument.detach(), torch.randn_like(argument))
                 call = functools.partial(getattr(torch.ops.aksae, op), *arguments[:i], dual, *arguments[i + 1 :])

@@ -11,6 +11,7 @@ from aksae_kernels import (
     batch_topk_select,
     decode_mse,
     encode_at,
+    price_select,
     sparse_decode,
     sparse_encode,
     sparse_value_grad,
@@ -70,6 +71,10 @@ def calls(codes: SparseCodes, x, W, b, c, pre_acts) -> dict:
         ),
         "encode_at": (lambda x, W, b: encode_at(codes, x, W, b).values, [x, W, b]),
         "sparse_encode": (lambda x, W: sparse_encode(codes, x, W), [x, W]),
+        "price_select": (
+            lambda v: price_select(with_values(v), W.detach(), c.detach(), x.detach(), price=0.5, passes=2).values,
+            [codes.values],
+        ),
         "sparse_decode": (lambda v, W, c: sparse_decode(with_values(v), W, c), [codes.values, W, c]),
         "decode_mse": (lambda v, W, c, x: decode_mse(with_values(v), W, c, x), [codes.values, W, c, x]),
         "sparse_value_grad": (lambda x, W: sparse_value_grad(x.detach(), codes, W.detach()), [x, W]),

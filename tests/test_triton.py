@@ -24,17 +24,18 @@ from aksae_kernels import (
     available_backends,
     explain,
     frozen,
+    price_select,
     sparse_weight_grad,
     topk_encode,
     topk_select,
     use_backend,
 )
-from aksae_kernels.testing import check_codes, check_errors, encode_scores
+from aksae_kernels.testing import check_codes, check_errors, encode_scores, random_codes
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from aksae_kernels.backends import triton as backend
-from aksae_kernels.backends.triton import adam, encode, offer, ordering, select, sparse, tuning
+from aksae_kernels.backends.triton import adam, encode, offer, ordering, price, select, sparse, tuning
 from benchmarks import resources, tune
 from benchmarks.problem import Shape
 
@@ -54,7 +55,7 @@ def test_without_a_gpu_the_backend_says_so():
 
 
 def kernels() -> set[str]:
-    names = {name for module in (adam, encode, select, sparse) for name in vars(module)}
+    names = {name for module in (adam, encode, price, select, sparse) for name in vars(module)}
     return {name for name in names if name.endswith("_kernel")}
 
 
@@ -157,6 +158,34 @@ def test_a_capped_encode_takes_its_candidates_besides(monkeypatch, k, dtype):
             resources.record(call)
         # Two sets of codes, and slots as int64; of all scores there would be some 400 to 800 MB.
         assert memory.peak <= tuning.slab_bytes() * 1.02 + 40 * shape.B * k < shape.B * shape.F * dtype.itemsize
+
+
+@compiled
+@pytest.mark.parametrize("dtype", resources.DTYPES, ids=str)
+def test_a_priced_selection_gathers_nothing_into_memory(dtype):
+    """Nor does it read anything back: on the meta device there is nothing to read."""
+    shape, k = resources.SHAPES["S1"]
+    meta = torch.device("meta")
+    x = torch.empty(shape.B, shape.D, dtype=dtype, device=meta)
+    W = torch.empty(shape.F, shape.D, dtype=dtype, device=meta)
+    codes = SparseCodes(
+        torch.empty(shape.B, k, dtype=dtype, device=meta),
+        torch.empty(shape.B, k, dtype=torch.int32, device=meta),
+        torch.empty(shape.B, dtype=torch.int32, device=meta),
+    )
+    prices = torch.empty(shape.B, dtype=torch.float32, device=meta)
+    memory = PeakMemory(x, W, *codes, prices)
+    with memory:
+        resources.record(lambda: backend.price_select(*codes, W, None, x, prices, 1))
+    # The result, two orders as int64 and what sorting makes of them; rows of W would be D numbers for each candidate.
+    assert memory.peak <= 64 * shape.B * k
+
+
+def test_a_priced_selection_of_too_many_columns_is_told():
+    n_columns = price._MAX_COLUMNS + 1
+    none, W, x = torch.empty(0, 3), torch.empty(2, n_columns, device="meta"), torch.empty(0, n_columns, device="meta")
+    with pytest.raises(ValueError, match=f"W_dec.*{n_columns}"):
+        backend.price_select(none, none.int(), none[:, 0].int(), W, None, x, none[:, 0], 1)
 
 
 def stored_values(ptx: str) -> dict[str, set[str]]:
@@ -358,6 +387,33 @@ def test_the_bound_covers_what_rounding_takes(fp32):
     assert torch.equal(rounded.matrix, rows.bfloat16())
 
 
+@interpreted
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_priced_selection_is_written_block_by_block(case, monkeypatch, passes):
+    """Blocks of fewer slots than a row keeps, a row that fills none, and one without candidates."""
+    codes = random_codes((4,), 50, 90, dtype=case.dtype, integers=True, by_hand=True)
+    codes.counts[:3] = torch.tensor([50, 3, 0])
+    # What was padding of the first rows.
+    codes.indices.clamp_(min=0)
+    W, x = case.integers(90, 12, high=1), case.integers(4, 12, high=4)
+    at_once = price_select(codes, W, None, x, price=-5, passes=passes)
+    assert (at_once.counts[0] > 8) & (at_once.counts < codes.counts).any()
+    monkeypatch.setattr(tuning, "ENTRIES", 8)
+    for part, whole in zip(price_select(codes, W, None, x, price=-5, passes=passes), at_once, strict=True):
+        assert torch.equal(part, whole)
+
+
+@interpreted
+def test_a_priced_selection_of_infinite_values_and_gains(fp32):
+    """Infinity times the zeros past the last of five columns stays out of the sums, and a price of -inf keeps what
+    gains -inf, too."""
+    values = torch.tensor([[math.inf, 2, 1], [1e30, 2, 1]])
+    codes = SparseCodes(values, torch.arange(3, dtype=torch.int32).expand(2, 3), torch.full((2,), 3, dtype=torch.int32))
+    W, x = torch.ones(3, 5), torch.ones(2, 5)
+    assert price_select(codes, W, None, x, price=0).indices.tolist() == [[0, -1, -1], [2, -1, -1]]
+    assert price_select(codes, W, None, x, price=-math.inf).counts.tolist() == [3, 3]
+
+
 # ------------------------------------------------------------------------------------------------------- tuning
 
 
@@ -382,5 +438,5 @@ def test_what_was_tuned_takes_the_place_of_the_heuristic(tmp_path, monkeypatch):
 
 
 def test_kernels_say_what_they_do():
-    for module in (adam, encode, offer, ordering, select, sparse, tuning, backend):
+    for module in (adam, encode, offer, ordering, price, select, sparse, tuning, backend):
         assert inspect.getdoc(module)

@@ -46,6 +46,8 @@ def unavailable() -> str | None:
 
 
 def refuse(op: str, tensor: Tensor) -> str | None:
+    if op == "price_select":
+        return "it has no kernel for price_select yet"
     if tensor.device.type != _DEVICE:
         return f"it takes {_DEVICE} tensors, not {tensor.device.type}"
     if tensor.dtype not in _DTYPES:

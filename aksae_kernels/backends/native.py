@@ -189,6 +189,34 @@ def scatter_codes(values: Tensor, indices: Tensor, counts: Tensor, d_sae: int) -
     return dense
 
 
+def price_select(
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    x: Tensor,
+    price: Tensor,
+    passes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    indices, counts = _pattern(indices, counts, W_dec.shape[0])
+    chosen = empty_codes(values, values.shape[1])
+    latents = torch.empty_like(chosen.indices)
+    torch.ops.aksae_cpu.price_select(
+        values.contiguous(),
+        indices,
+        counts,
+        rows(W_dec),
+        vector(b_dec),
+        rows(x),
+        price.contiguous(),
+        passes,
+        *chosen,
+        latents,
+    )
+    return *chosen, latents
+
+
 def adam_step_(
     param: Tensor,
     grad: Tensor,

@@ -134,13 +134,14 @@ class Bench:
 
 def usable_backends(device: torch.device) -> tuple[str, ...]:
     """Our backends for tensors of the device. The reference is an oracle, measured where there is nothing else."""
-    usable = [name for name in ak.available_backends() if _accepts(name, torch.empty(1, 1, device=device))]
+    usable = [name for name in ak.available_backends() if accepts("topk_select", name, device)]
     return tuple(name for name in usable if name != "reference") or tuple(usable)
 
 
-def _accepts(backend: str, tensor: torch.Tensor) -> bool:
+def accepts(op: str, backend: str, device: torch.device) -> bool:
+    """Whether the backend runs the op on tensors of the device."""
     try:
-        dispatch.choose("topk_select", backend, tensor)
+        dispatch.choose(op, backend, torch.empty(1, 1, device=device))
     except RuntimeError:
         return False
     return True

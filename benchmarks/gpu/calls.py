@@ -16,7 +16,7 @@ import aksae_kernels as ak
 from aksae_kernels.optim import SAEAdam
 
 from ..problem import Shape
-from .bench import release, usable_backends
+from .bench import accepts, release, usable_backends
 from .correctness import CHECKS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -41,6 +41,8 @@ def call(op: str, device: torch.device, dtype: torch.dtype) -> None:
             ak.threshold_encode(x, W_enc, b_enc, threshold=1.0, k_max=_K).values.sum().backward()
         case "encode_at":
             ak.encode_at(codes, x, W_enc, b_enc).values.sum().backward()
+        case "price_select":
+            ak.price_select(codes, W_dec, b_dec, x, price=1.0, passes=2).values.sum().backward()
         case "topk_select":
             ak.topk_select(scores, k, _K).values.sum().backward()
         case "sparse_decode":
@@ -64,7 +66,8 @@ def call(op: str, device: torch.device, dtype: torch.dtype) -> None:
 
 def calls(device: torch.device) -> Iterator[str]:
     """Make them, and say of each that it has ended."""
-    wanted = list(itertools.product(DTYPES, usable_backends(device), CHECKS))
+    pairs = itertools.product(DTYPES, usable_backends(device), CHECKS)
+    wanted = [(dtype, backend, op) for dtype, backend, op in pairs if accepts(op, backend, device)]
     for n, (dtype, backend, op) in enumerate(wanted, 1):
         with ak.use_backend(backend):
             call(op, device, DTYPES[dtype])

@@ -22,7 +22,9 @@ from aksae_kernels.testing import (
     codes_from_mask,
     dense_codes,
     encode_scores,
+    keep_slots,
     poison_padding,
+    price_mask,
     random_codes,
     selectable,
     topk_mask,
@@ -30,7 +32,7 @@ from aksae_kernels.testing import (
 
 from ..problem import Problem, Shape
 from ..report import NotMeasured
-from .bench import Bench, Outcome, same_bits
+from .bench import Bench, Outcome, accepts, same_bits
 from .oracles import at_codes, within
 from .ratios import Step
 
@@ -178,6 +180,21 @@ def threshold_select(site: Site) -> None:
             _exactly(_twice(ak.threshold_select, rows, threshold), codes_from_mask(rows, mask, d_sae))
 
 
+def price_select(site: Site) -> None:
+    generator = torch.Generator().manual_seed(0)
+    integers = lambda *shape: torch.randint(-2, 3, shape, generator=generator).to(site.device, site.dtype)
+    for lead, d_in, d_sae, width in ((5,), 33, 40, 17), ((3,), 768, 300, 64):
+        codes = random_codes(lead, width, d_sae, dtype=site.dtype, device=site.device, integers=True)
+        W, b = integers(d_sae, d_in).clamp(-1, 1), integers(d_in)
+        # What some of the candidates sum up to, and something else: these pay, and the others do not.
+        some = torch.where(torch.arange(width, device=site.device) % 3 > 0, codes.values, 0)
+        x = (dense_codes(codes._replace(values=some), d_sae) @ W.double()).to(site.dtype) + b + integers(*lead, d_in)
+        for price, passes in ((0.0, 1), (4.0 * d_in, 3), (torch.full(lead, -7.0, device=site.device), 2)):
+            # Sums of integers are exact, and so is every decision.
+            expected = keep_slots(codes, price_mask(codes, W, b, x, price, passes))
+            _exactly(_twice(ak.price_select, poison_padding(codes), W, b, x, price=price, passes=passes), expected)
+
+
 def sparse_decode(site: Site) -> None:
     def decode(codes: ak.SparseCodes, W: Tensor, x: Tensor) -> Judged:
         dense, b = dense_codes(codes, len(W)), x[0]
@@ -254,6 +271,7 @@ CHECKS: dict[str, Callable[[Site], None]] = {
         encode_at,
         batch_topk_select,
         threshold_select,
+        price_select,
         sparse_decode,
         decode_mse,
         sparse_value_grad,
@@ -267,6 +285,9 @@ def correctness(bench: Bench, op: str, outcome: Outcome) -> None:
     """The check of one op; `passed` lists the backends and dtypes that did."""
     passed = outcome.facts["passed"] = []
     for backend in bench.backends:
+        if not accepts(op, backend, bench.device):
+            outcome.facts.setdefault("refused", []).append(backend)
+            continue
         for name, dtype in DTYPES.items():
             with outcome.judging(f"{op}, {backend}, {name}"), ak.use_backend(backend):
                 CHECKS[op](Site(bench.device, dtype))

@@ -10,6 +10,7 @@ namespace {
 #include "encode.h"
 #include "screen.h"
 #include "sparse.h"
+#include "price.h"
 #include "adam.h"
 
 // An entry of the table: the kernel for the storage type that the call names.
@@ -34,6 +35,7 @@ const CpuKernels table = {
     .sparse_value_grad = AKSAE_ENTRY(sparse_value_grad),
     .sparse_weight_grad = AKSAE_ENTRY(sparse_weight_grad),
     .scatter_codes = AKSAE_ENTRY(scatter_codes),
+    .price_select = AKSAE_ENTRY(price_select),
     .adam_step = AKSAE_ENTRY(adam_step),
 };
 

@@ -16,6 +16,7 @@ try:
     from .adam import adam_step_
     from .encode import batch_topk_encode, threshold_encode, topk_encode
     from .launch import INTERPRETED
+    from .price import price_select
     from .select import batch_topk_select, threshold_select, topk_select
     from .sparse import decode_mse, scatter_codes, sparse_decode, sparse_encode, sparse_value_grad, sparse_weight_grad
 except ImportError as error:
@@ -29,6 +30,7 @@ __all__ = [
     "batch_topk_select",
     "decode_mse",
     "describe",
+    "price_select",
     "refuse",
     "scatter_codes",
     "sparse_decode",

@@ -113,6 +113,13 @@ def optimizer(n_columns: int) -> Config:
     return _config("optimizer", BLOCK=min(2048, max(128, triton.next_power_of_2(n_columns))))
 
 
+def price(n_columns: int) -> Config:
+    """A row in one block, whatever its width. Few warps, each with many columns: at every candidate they wait for each
+    other. More than 16 would be more threads than AMD's GPUs take, whose warps have 64."""
+    block = max(32, triton.next_power_of_2(n_columns))
+    return _config("price", num_warps=min(16, max(1, block // 1024)), BLOCK_D=block)
+
+
 class Slab(NamedTuple):
     """How many rows an encode takes at a time, and the scores of how many latents."""
 
