@@ -101,7 +101,7 @@ class BareStep:
     """The ops of a step of `sae`, on copies of its weights: encode, squared error, backward, `SAEAdam`."""
 
     def __init__(self, sae: Any, name: str):
-        self.name, self.k, self.config = name, round(sae.config.selection.budget()), sae.config
+        self.name, self.k, self.config = name, round(sae.config.selection.mean_k()), sae.config
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = (
             nn.Parameter(weight.detach().clone()) for weight in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
         )

@@ -24,6 +24,7 @@ from aksae import (
     JumpReLU,
     KMap,
     Matryoshka,
+    Priced,
     SAEConfig,
     TopK,
     UserError,
@@ -45,6 +46,7 @@ SELECTIONS = {
     "JumpReLU": JumpReLU(6),
     "Matryoshka": Matryoshka(BatchTopK(6), (16, 48, F)),
     "AdaptiveK": AdaptiveK(KMap(6, 6)),
+    "Priced": Priced(6, k_max=16),
 }
 every_selection = pytest.mark.parametrize("name", SELECTIONS)
 
@@ -159,8 +161,8 @@ def records_of(sae: SAE, given, **options) -> list[dict]:
 def test_the_budget_falls(name):
     records = records_of(make(SELECTIONS[name]), batches(), steps=21, k_start=16, k_steps=10)
     assert [record["k_mean"] for record in records] == [16, 11, 6, 6, 6]
-    # JumpReLU is drawn to it, the others have it at once.
-    if name != "JumpReLU":
+    # JumpReLU and a price are drawn to it, the others have it at once.
+    if name not in ("JumpReLU", "Priced"):
         assert [record["l0"] for record in records] == [16, 11, 6, 6, 6]
 
 
@@ -437,14 +439,16 @@ def test_a_step_reads_nothing_from_the_device(name, monkeypatch):
     learner.start([batch])
     learner.update([batch], 0, False)
     import aksae_kernels.backends.native as native
+    from aksae_kernels import ops
 
     costs = Costs()
     with pytest.MonkeyPatch.context() as patch:
         # The kernels of the CPU may look at its memory.
         for function in ("batch_topk_encode", "threshold_encode", "adam_step_"):
             patch.setattr(native, function, unseen(getattr(native, function)))
-        # So may the map, which refuses NaN there.
+        # So may the map and the check of a price, which refuse NaN there.
         patch.setattr(KMap, "__call__", unseen(KMap.__call__))
+        patch.setattr(ops, "rows_of_price", unseen(ops.rows_of_price))
         with costs:
             learner.update([batch], 1, False)
     assert not costs.reads
@@ -786,9 +790,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path):
 class Parts(BatchTopK):
     """BatchTopK with a budget for each half of a batch, as two processes have it."""
 
-    def choose(self, sae, x, encoder, k):
+    def choose(self, sae, x, encoder, k, wanted):
         halves = zip(x.chunk(2), encoder.x.chunk(2))
-        codes = [super(Parts, self).choose(sae, rows, encoder._replace(x=u), k).codes for rows, u in halves]
+        codes = [super(Parts, self).choose(sae, rows, encoder._replace(x=u), k, wanted).codes for rows, u in halves]
         return Chosen(SparseCodes(*(torch.cat(parts) for parts in zip(*codes))))
 
 

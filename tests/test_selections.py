@@ -100,9 +100,9 @@ def test_a_running_mean_does_not_stand_still_in_16_bits(tmp_path):
     assert sae.W_dec.dtype == torch.bfloat16
     assert sae.threshold.dtype == torch.float32
     for _ in range(400):
-        sae.config.selection.after_step(sae, topk_select(torch.tensor([[1.0, 2.0]]).bfloat16(), k=2))
+        sae.config.selection.after_step(sae, topk_select(torch.tensor([[1.0, 2.0]]).bfloat16(), k=2), None)
     for _ in range(2000):
-        sae.config.selection.after_step(sae, topk_select(torch.tensor([[1.1, 2.0]]).bfloat16(), k=2))
+        sae.config.selection.after_step(sae, topk_select(torch.tensor([[1.1, 2.0]]).bfloat16(), k=2), None)
     assert sae.threshold_steps == 2400
     assert abs(float(sae.threshold) - 1.1) < 0.005
     sae.save_pretrained(tmp_path)

@@ -14,9 +14,10 @@ try:
     from .config import LabelConfig, ModelConfig, SAEConfig, TextConfig, TrainConfig
     from .fit import FitConfig, FitResult, fit
     from .k_policy import KMap
+    from .pricing import adapt, calibrate
     from .reading import Activations, open_activations
     from .sae import SAE, AdaptiveKSAE
-    from .selections import AdaptiveK, BatchTopK, JumpReLU, Matryoshka, TopK
+    from .selections import AdaptiveK, BatchTopK, JumpReLU, Matryoshka, Priced, TopK
     from .train import TrainResult, train
 except ModuleNotFoundError as error:
     raise missing_module(error) from None
@@ -34,6 +35,7 @@ __all__ = [
     "LabelConfig",
     "Matryoshka",
     "ModelConfig",
+    "Priced",
     "SAEConfig",
     "TextConfig",
     "TopK",
@@ -41,6 +43,8 @@ __all__ = [
     "TrainResult",
     "UserError",
     "__version__",
+    "adapt",
+    "calibrate",
     "fit",
     "open_activations",
     "train",

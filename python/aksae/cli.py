@@ -39,6 +39,7 @@ _COLUMNS = {
 }
 _MODELS = {
     "adaptivek": "AdaptiveK",
+    "priced": "Priced",
     "topk": "TopK",
     "batch-topk": "BatchTopK",
     "jumprelu": "JumpReLU",

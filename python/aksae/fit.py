@@ -32,6 +32,7 @@ from .files import check_pickle
 from .learner import Learner
 from .losses import SAELoss
 from .sae import SAE
+from .selections import Priced
 
 __all__ = ["FitConfig", "FitResult", "fit"]
 
@@ -286,7 +287,8 @@ def _check(config: FitConfig, saes: Sequence[SAE]) -> None:
         selection = sae.config.selection
         if config.k_start is None:
             continue
-        # Rows that decide alone have codes no wider than their largest k.
-        most = sae.k_bound if selection.budget() is None else sae.config.d_sae
+        # Rows that decide alone have codes no wider than their largest k, or their candidates.
+        alone = selection.mean_k() is None or isinstance(selection, Priced)
+        most = sae.k_bound if alone else sae.config.d_sae
         if not 1 <= config.k_start <= most:
             raise UserError(f"k_start: got {config.k_start} for {selection}, needs a number from 1 to {most}")

@@ -84,7 +84,7 @@ class Learner:
             if look and not loss.total.isfinite():
                 raise UserError(self._diverged(batch, loss, step))
             (loss.total if len(batches) == 1 else loss.total / len(batches)).backward()
-            sae.config.selection.after_step(sae, loss.codes)
+            sae.config.selection.after_step(sae, loss.codes, self.last_k)
         sum_gradients(p for group in self.optimizer.param_groups for p in group["params"])
         self.lr = self.schedule.get_last_lr()[0]
         self.optimizer.step()
@@ -100,14 +100,15 @@ class Learner:
         if batch.k is not None:
             return batch.k
         config, selection = self.config, self.sae.config.selection
-        own = self._k_of_rows(batch) if isinstance(selection, AdaptiveK) else None
-        if config.k_start is None or step >= config.k_steps:
-            return own
-        left = 1 - step / config.k_steps
-        if own is not None:
-            return (own + (config.k_start - own) * left).round().int()
-        end = selection.budget()
-        return round(end + (config.k_start - end) * left)
+        left = 0.0 if config.k_start is None else max(0.0, 1 - step / config.k_steps)
+        if isinstance(selection, AdaptiveK):
+            own = self._k_of_rows(batch)
+            return own if left == 0 else (own + (config.k_start - own) * left).round().int()
+        end = selection.mean_k()
+        k = None if left == 0 else round(end + (config.k_start - end) * left)
+        if selection.is_topk_at(step, config.steps):
+            return torch.full(batch.x.shape[:1], end if k is None else k, dtype=torch.int32, device=batch.x.device)
+        return k
 
     def _k_of_rows(self, batch: Batch) -> Tensor:
         """AdaptiveK's k of each row: of its context, where the probe reads that as a whole."""
@@ -131,7 +132,7 @@ class Learner:
             "sparsity": loss.sparsity,
             "aux": loss.aux,
             "l0": global_mean(codes.mask() & (codes.values != 0), n_rows),
-            "k_mean": global_mean(k, n_rows) if isinstance(k, Tensor) else k or selection.budget(),
+            "k_mean": global_mean(k, n_rows) if isinstance(k, Tensor) else k or selection.mean_k(),
             "capped": global_mean(codes.counts == codes.indices.shape[-1], n_rows),
             "dead": self.dead.mask().float().mean(),
         }

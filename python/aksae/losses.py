@@ -129,10 +129,8 @@ def sae_loss(
     `k` stands in for the selection's budget or is each row's own; None for neither. No term needs a tensor of the size
     of all pre-activations, and nothing waits for an accelerator.
     """
-    selection, encoder, wanted = sae.config.selection, sae.encoder(x), sae.target(x, target)
-    if sae.W_skip is not None:
-        wanted = wanted - sae.skip(x)
-    codes, penalty = selection.choose(sae, x, encoder, k)
+    selection, encoder, wanted = sae.config.selection, sae.encoder(x), sae.wanted(x, target)
+    codes, penalty = selection.choose(sae, x, encoder, k, wanted)
     dead.update(codes)
     with_aux = aux_coef > 0 and dead.may_be()
     error, residual = selection.error(sae, codes, wanted, residual=with_aux)

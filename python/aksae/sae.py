@@ -61,11 +61,11 @@ class SAE(nn.Module):
     def start(self, x: Tensor, target: Tensor | None = None) -> None:
         """Set what depends on the first batch: `b_dec` to the geometric median of `x [..., D]` (of the target for a
         transcoder), then what the selection sets. UserError for a batch without rows."""
-        rows = self.target(x, target).reshape(-1, self.config.width_out)
-        if len(rows) == 0:
+        wanted = self.target(x, target)
+        if wanted.numel() == 0:
             raise UserError("x: got no rows, needs at least one to start b_dec from")
-        self.b_dec.copy_(geometric_median(rows))
-        self.config.selection.start(self, self.encoder(x))
+        self.b_dec.copy_(geometric_median(wanted.reshape(-1, self.config.width_out)))
+        self.config.selection.start(self, self.encoder(x), self.wanted(x, target))
 
     def width(self, k: int | Tensor | None = None) -> int:
         """The width of codes with a `k` that stands in for the selection's own."""
@@ -89,7 +89,9 @@ class SAE(nn.Module):
             f"selection: got {selection}, needs TopK or AdaptiveK: it gives no row a k before it is encoded"
         )
 
-    def encode(self, x: Tensor, k: int | Tensor | None = None, *, k_max: int | None = None) -> SparseCodes:
+    def encode(
+        self, x: Tensor, k: int | Tensor | None = None, *, k_max: int | None = None, target: Tensor | None = None
+    ) -> SparseCodes:
         """Codes of `x [..., D]`, as the selection says, or with a `k` as TopK.
 
         Args:
@@ -98,6 +100,8 @@ class SAE(nn.Module):
                 pre-activations, whatever the selection. The probe of AdaptiveK reads each vector itself; where it was
                 fitted to read a context as a whole, give each vector `k_for` of its context.
             k_max: width of the codes, needed for a `k` tensor on an accelerator; else the largest k is read off `k`.
+            target: `[..., D_out]`, what a transcoder is to reconstruct. Read where latents have a price, and needed
+                there: ValueError without it.
 
         Ties go to the smaller index and NaN is selected, as `aksae_kernels.topk_encode` says; gradients reach every
         SAE parameter and `x`, and none the probe or the thresholds. Raises TypeError or ValueError as that function
@@ -106,7 +110,8 @@ class SAE(nn.Module):
         encoder = self.encoder(x)
         if k is not None:
             return topk_encode(*encoder, k=k, k_max=k_max)
-        return self.config.selection.encode(self, x, encoder)
+        known = target is not None or not self.config.transcoder
+        return self.config.selection.encode(self, x, encoder, self.wanted(x, target) if known else None)
 
     def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
         """The reconstruction `[..., D_out]` of codes `[..., K]`.
@@ -145,6 +150,11 @@ class SAE(nn.Module):
         scale = self.config.output_scale
         wanted = x if target is None else target
         return wanted if scale == 1 else wanted * scale
+
+    def wanted(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        """What the decoder is to make of the codes: `target`, less a skip connection's share."""
+        wanted = self.target(x, target)
+        return wanted if self.W_skip is None else wanted - self.skip(x)
 
     def scaled(self, x: Tensor) -> Tensor:
         """`s x`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from aksae_kernels import frozen
 
@@ -23,11 +24,16 @@ from .fit import fit
 from .identity import require_same
 from .metrics import ReconstructionMetrics
 from .mixing import Block, MixedBatches
+from .pricing import calibrate
 from .reading import Activations, open_activations
 from .runs import TrainResult, check_output, fit_config, seeded, start_run
 from .sae import SAE
+from .selections import Priced
 from .shards import blocks_of
 from .streaming import forward_blocks, stream_activations
+
+_CALIBRATED = 16_384
+"""Rows held out by which the price of latents is set: the mean of as many is good to some 0.3 %."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,9 @@ def _train(config: TrainConfig, device: torch.device, resume: bool) -> TrainResu
     sae = SAE(SAEConfig(rows.d_in, config.d_sae, selection_for(config)), generator=seeded(config))
     callbacks = [JsonLines(config.output / LOG, model=name), Progress(name)]
     fit(sae, rows.batches, fit_config(config, name, resume=resume, normalize="mean-norm"), callbacks)
+    if isinstance(sae.config.selection, Priced):
+        calibrate(sae, _first_rows(rows.heldout, _CALIBRATED))
+        on_rank_0(lambda: sae.save_pretrained(config.output / name))
     evaluation = _evaluate(sae, rows, config, device)
     on_rank_0(lambda: write_evaluation(config.output, evaluation))
     return TrainResult(config.output, read_json(config.output / "eval.json"))
@@ -133,6 +142,17 @@ def _check_same(config: TrainConfig, rows: _Rows) -> None:
     recorded = read_json(config.output / "data.json", needs=dict)
     now = {name: value for name, value in rows.identity.items() if name != "model"}
     require_same(f"{config.output}: what the run was trained on", recorded, now)
+
+
+def _first_rows(blocks: Sequence[Block], n: int) -> Tensor:
+    """The first `n` rows of blocks, or all that there are, `[n, D]`."""
+    taken, left = [], n
+    for block in blocks:
+        if left <= 0:
+            break
+        taken.append(block.checked()[:left])
+        left -= len(taken[-1])
+    return torch.cat(taken)
 
 
 @torch.no_grad()

@@ -52,6 +52,9 @@ def _activation(config: SAEConfig, tensors: Tensors) -> tuple[Activation, str]:
         return AdaptiveK(probe_of(weight, bias, selection), selection), ""
     if isinstance(selection, selections.TopK):
         return TopK(selection.k), ""
+    if isinstance(selection, selections.Priced):
+        tensors.pop("price")
+        return TopK(selection.budget), f"left out: the price of latents; a TopK of its mean L0, {selection.budget}"
     if isinstance(selection, selections.JumpReLU):
         threshold = tensors.take("log_threshold", config.d_sae, any_float=True).exp()
     else:

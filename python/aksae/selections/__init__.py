@@ -6,12 +6,24 @@ from .adaptive import AdaptiveK
 from .batch_topk import BatchTopK
 from .jumprelu import JumpReLU
 from .matryoshka import Matryoshka
+from .priced import Priced
 from .selection import Chosen, Encoder, Selection
 from .topk import TopK
 
 SELECTIONS: dict[str, type[Selection]] = {
-    cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU, Matryoshka, AdaptiveK)
+    cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU, Matryoshka, AdaptiveK, Priced)
 }
 """By the name that a checkpoint knows them by."""
 
-__all__ = ["SELECTIONS", "AdaptiveK", "BatchTopK", "Chosen", "Encoder", "JumpReLU", "Matryoshka", "Selection", "TopK"]
+__all__ = [
+    "SELECTIONS",
+    "AdaptiveK",
+    "BatchTopK",
+    "Chosen",
+    "Encoder",
+    "JumpReLU",
+    "Matryoshka",
+    "Priced",
+    "Selection",
+    "TopK",
+]

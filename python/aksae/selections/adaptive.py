@@ -57,11 +57,11 @@ class AdaptiveK(Selection):
         """k of each vector of `x [..., D]`, `[...]` int32."""
         return self.k_map(sae.probe(x))
 
-    def encode(self, sae: SAE, x: Tensor, encoder: Encoder) -> SparseCodes:
+    def encode(self, sae: SAE, x: Tensor, encoder: Encoder, wanted: Tensor | None) -> SparseCodes:
         return encoder.topk(self.k_for(sae, x), self.k_map.k_max)
 
-    def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None) -> Chosen:
-        return Chosen(self.encode(sae, x, encoder) if k is None else encoder.topk(k, sae.width(k)))
+    def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None, wanted: Tensor) -> Chosen:
+        return Chosen(encoder.topk(self.k_for(sae, x) if k is None else k, sae.width(k)))
 
     def __str__(self) -> str:
         return f"AdaptiveK, k = {self.k_map.k_min}..{self.k_map.k_max}"

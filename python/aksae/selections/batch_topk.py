@@ -47,24 +47,26 @@ class BatchTopK(Selection):
     def width(self, d_sae: int) -> int:
         return min(CAP * self.k, d_sae) if self.k_max is None else self.k_max
 
-    def budget(self) -> float:
+    def mean_k(self) -> float:
         return self.k
 
-    def encode(self, sae: SAE, x: Tensor, encoder: Encoder) -> SparseCodes:
+    def encode(self, sae: SAE, x: Tensor, encoder: Encoder, wanted: Tensor | None) -> SparseCodes:
         if sae.training:
-            return self.choose(sae, x, encoder, None).codes
+            return self._of_batch(sae, x, encoder, self.k)
         threshold = sae.threshold.to(encoder.x.dtype)
         return threshold_encode(*encoder, threshold=threshold, k_max=sae.width())
 
-    def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None) -> Chosen:
+    def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None, wanted: Tensor) -> Chosen:
         k = self.k if k is None else k
-        width = sae.width(k)
         if isinstance(k, Tensor):
-            return Chosen(encoder.topk(k, width))
-        return Chosen(batch_topk_encode(*encoder, budget=k * math.prod(x.shape[:-1]), k_max=width))
+            return Chosen(encoder.topk(k, sae.width(k)))
+        return Chosen(self._of_batch(sae, x, encoder, k))
+
+    def _of_batch(self, sae: SAE, x: Tensor, encoder: Encoder, k: int) -> SparseCodes:
+        return batch_topk_encode(*encoder, budget=k * math.prod(x.shape[:-1]), k_max=sae.width(k))
 
     @torch.no_grad()
-    def after_step(self, sae: SAE, codes: SparseCodes) -> None:
+    def after_step(self, sae: SAE, codes: SparseCodes, k: int | Tensor | None) -> None:
         threshold, steps = running_threshold(sae.threshold, sae.threshold_steps, codes, self.decay)
         sae.threshold.copy_(threshold)
         sae.threshold_steps.copy_(steps)

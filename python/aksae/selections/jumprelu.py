@@ -66,21 +66,21 @@ class JumpReLU(Selection):
     def width(self, d_sae: int) -> int:
         return min(CAP * self.l0, d_sae) if self.k_max is None else self.k_max
 
-    def budget(self) -> float:
+    def mean_k(self) -> float:
         return self.l0
 
     @torch.no_grad()
-    def start(self, sae: SAE, encoder: Encoder) -> None:
+    def start(self, sae: SAE, encoder: Encoder, wanted: Tensor) -> None:
         rows = encoder.x.shape[:-1].numel()
         codes = batch_topk_encode(*encoder, budget=self.l0 * rows, k_max=sae.width())
         smallest = codes.values[codes.mask()].amin() if bool(codes.counts.any()) else sae.log_threshold.new_ones(())
         sae.log_threshold.copy_(smallest.log())
 
-    def encode(self, sae: SAE, x: Tensor, encoder: Encoder) -> SparseCodes:
+    def encode(self, sae: SAE, x: Tensor, encoder: Encoder, wanted: Tensor | None) -> SparseCodes:
         threshold = sae.log_threshold.detach().exp().to(encoder.x.dtype)
         return threshold_encode(*encoder, threshold=threshold, k_max=sae.width())
 
-    def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None) -> Chosen:
+    def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None, wanted: Tensor) -> Chosen:
         if isinstance(k, Tensor):
             return Chosen(encoder.topk(k, sae.width(k)))
         theta = sae.log_threshold.exp()

@@ -49,17 +49,17 @@ class Matryoshka(Selection):
     def width(self, d_sae: int) -> int:
         return self.inner.width(d_sae)
 
-    def budget(self) -> float | None:
-        return self.inner.budget()
+    def mean_k(self) -> float | None:
+        return self.inner.mean_k()
 
-    def start(self, sae: SAE, encoder: Encoder) -> None:
-        self.inner.start(sae, encoder)
+    def start(self, sae: SAE, encoder: Encoder, wanted: Tensor) -> None:
+        self.inner.start(sae, encoder, wanted)
 
-    def encode(self, sae: SAE, x: Tensor, encoder: Encoder) -> SparseCodes:
-        return self.inner.encode(sae, x, encoder)
+    def encode(self, sae: SAE, x: Tensor, encoder: Encoder, wanted: Tensor | None) -> SparseCodes:
+        return self.inner.encode(sae, x, encoder, wanted)
 
-    def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None) -> Chosen:
-        return self.inner.choose(sae, x, encoder, k)
+    def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None, wanted: Tensor) -> Chosen:
+        return self.inner.choose(sae, x, encoder, k, wanted)
 
     def error(self, sae: SAE, codes: SparseCodes, target: Tensor, *, residual: bool) -> tuple[Tensor, Tensor | None]:
         # Each latent is gathered once: a prefix takes away what its last group of latents decodes to.
@@ -70,8 +70,8 @@ class Matryoshka(Selection):
             errors.append(left.square().sum(-1))
         return torch.stack(errors).mean(0), left if residual else None
 
-    def after_step(self, sae: SAE, codes: SparseCodes) -> None:
-        self.inner.after_step(sae, codes)
+    def after_step(self, sae: SAE, codes: SparseCodes, k: int | Tensor | None) -> None:
+        self.inner.after_step(sae, codes, k)
 
     def __str__(self) -> str:
         return f"Matryoshka of {len(self.prefixes)}, {self.inner}"

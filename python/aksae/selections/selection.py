@@ -68,19 +68,27 @@ class Selection:
         """The most latents of a row, and the width of the codes."""
         raise NotImplementedError
 
-    def budget(self) -> float | None:
+    def mean_k(self) -> float | None:
         """The mean number of latents that training aims at; None where rows decide alone. It can be annealed."""
         return None
 
-    def start(self, sae: SAE, encoder: Encoder) -> None:
-        """Set what depends on the first batch of a training run."""
+    def is_topk_at(self, step: int, steps: int) -> bool:
+        """Whether a step of a run of `steps` keeps the mean k of every row: for selections that need latents which mean
+        something before they choose."""
+        return False
 
-    def encode(self, sae: SAE, x: Tensor, encoder: Encoder) -> SparseCodes:
-        """The codes at inference; `x` is what the SAE was given, as it was given."""
+    def start(self, sae: SAE, encoder: Encoder, wanted: Tensor) -> None:
+        """Set what depends on the first batch of a training run; `wanted [B, D_out]` is what is to be reconstructed, in
+        the units of training."""
+
+    def encode(self, sae: SAE, x: Tensor, encoder: Encoder, wanted: Tensor | None) -> SparseCodes:
+        """The codes at inference. `x` is what the SAE was given, as it was given, `wanted [..., D_out]` what is to be
+        reconstructed, in the units of training; None for a transcoder that was not told."""
         raise NotImplementedError
 
-    def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None) -> Chosen:
-        """The codes of a training step. `k` stands in for the budget, or is each row's own; None for neither."""
+    def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None, wanted: Tensor) -> Chosen:
+        """The codes of a training step, for rows `x` and `wanted`. `k` stands in for the mean k, or is each row's own;
+        None for neither."""
         raise NotImplementedError
 
     def error(self, sae: SAE, codes: SparseCodes, target: Tensor, *, residual: bool) -> tuple[Tensor, Tensor | None]:
@@ -90,8 +98,8 @@ class Selection:
         left = target - sparse_decode(codes, sae.W_dec, sae.b_dec)
         return left.square().sum(-1), left
 
-    def after_step(self, sae: SAE, codes: SparseCodes) -> None:
-        """Take in the codes of a training step, after it. Nothing may wait for an accelerator."""
+    def after_step(self, sae: SAE, codes: SparseCodes, k: int | Tensor | None) -> None:
+        """Take in the codes of a training step and the `k` it had, after it. Nothing may wait for an accelerator."""
 
     def __str__(self) -> str:
         raise NotImplementedError

@@ -27,13 +27,13 @@ class TopK(Selection):
     def width(self, d_sae: int) -> int:
         return self.k
 
-    def budget(self) -> float:
+    def mean_k(self) -> float:
         return self.k
 
-    def encode(self, sae: SAE, x: Tensor, encoder: Encoder) -> SparseCodes:
+    def encode(self, sae: SAE, x: Tensor, encoder: Encoder, wanted: Tensor | None) -> SparseCodes:
         return encoder.topk(self.k)
 
-    def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None) -> Chosen:
+    def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None, wanted: Tensor) -> Chosen:
         return Chosen(encoder.topk(self.k) if k is None else encoder.topk(k, sae.width(k)))
 
     def __str__(self) -> str:

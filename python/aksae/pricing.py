@@ -1,0 +1,85 @@
+"""A price for the latents of an SAE that is there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .sae import SAE
+from .selections import Priced
+from .selections.priced import price_for
+
+
+def calibrate(
+    sae: SAE, rows: Tensor, budget: float | None = None, *, target: Tensor | None = None, batch_size: int = 4096
+) -> float:
+    """Set the price of a `Priced` SAE so that `rows` keep `budget` latents in the mean, and return it.
+
+    Take rows that were not trained on: the error of those that were is smaller, so that fewer latents pay, and the same
+    price gives other rows 10 % more. A few thousand give the mean to half a percent. Several
+    budgets of one SAE are several prices of it.
+
+    Args:
+        sae: its price is set in place, in the units of training.
+        rows: `[N, D]`, as `SAE.encode` takes them, on any device. Their candidates are held in memory together.
+        budget: None for the selection's own.
+        target: `[N, D_out]`, for a transcoder.
+        batch_size: rows encoded at a time.
+
+    Raises:
+        UserError: another selection, no rows, or a budget that is not between 0 and the candidates of a row.
+        ValueError: a transcoder without a target.
+    """
+    selection = sae.config.selection
+    if not isinstance(selection, Priced):
+        raise UserError(f"sae: got {selection}, needs latents at a price: aksae.adapt gives them to any SAE")
+    budget = selection.budget if budget is None else budget
+    if not 0 < budget <= sae.width():
+        raise UserError(f"budget: got {budget}, needs a number above 0 and at most {sae.width()}, a row's candidates")
+    if len(rows) == 0:
+        raise UserError("rows: got none, needs at least one to find a price")
+    targets = [None] * len(rows.split(batch_size)) if target is None else target.split(batch_size)
+    parts = []
+    with torch.no_grad():
+        for x, y in zip(rows.split(batch_size), targets, strict=True):
+            x, y = (part if part is None else part.to(sae.W_dec.device, sae.W_dec.dtype) for part in (x, y))
+            parts.append((sae.encoder(x).topk(sae.width()), sae.wanted(x, y)))
+        price = price_for(parts, sae.W_dec, sae.b_dec, budget, selection.walks(training=False))
+        sae.price.copy_(price)
+    return float(price)
+
+
+def adapt(
+    sae: SAE,
+    rows: Tensor,
+    budget: int,
+    *,
+    target: Tensor | None = None,
+    k_max: int | None = None,
+    passes: int = 2,
+) -> SAE:
+    """`sae`, whatever its selection, with latents at a price: `budget` of them in the mean over `rows`.
+
+    Its weights are shared, not copied, and not trained. What a row may keep are its `k_max` largest positive
+    pre-activations, whatever the thresholds or the k of the SAE were.
+
+    Args:
+        sae: any `SAE`; one of another codebase comes by `aksae convert`.
+        rows, target: as in `calibrate`.
+        budget: mean number of latents of a row.
+        k_max: candidates of a row; None for 4 budgets, or d_sae if that is less.
+        passes: walks over the candidates.
+
+    Raises:
+        As `calibrate`, and UserError for a budget, a k_max or passes that `Priced` refuses.
+    """
+    with torch.device("meta"):
+        priced = SAE(dataclasses.replace(sae.config, selection=Priced(budget, k_max, passes, passes)))
+    weights = {name: tensor for name, tensor in sae.named_parameters() if name in dict(priced.named_parameters())}
+    weights["price"] = torch.zeros((), device=sae.W_dec.device)
+    priced.load_state_dict(weights, assign=True)
+    calibrate(priced, rows, target=target)
+    return priced.train(sae.training)

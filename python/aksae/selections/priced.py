@@ -1,0 +1,134 @@
+"""Latents at a price: those that lower a row's error by more than a price, given the others that it has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from aksae_kernels import SparseCodes, encode_at, price_select
+
+from ..distributed import global_rows, global_sum
+from ..errors import UserError
+from .selection import Chosen, Encoder, Selection, at_least
+
+if TYPE_CHECKING:
+    from ..sae import SAE
+
+
+@dataclass(frozen=True)
+class Priced(Selection):
+    """AdaptiveK by a price: of its `k_max` largest positive pre-activations a row keeps those that pay.
+
+    A latent pays if it lowers the row's squared error by more than the SAE's `price`, given those kept before it, which
+    are larger (`aksae_kernels.price_select`). So each row has a k of its own, and of latents that say the same only the
+    first is kept. No label and no probe is needed, and no row depends on its batch.
+
+    In training the price follows the mean L0 of the batches, `price *= exp(rate * (L0 / budget - 1))`, after a first
+    part of the run with the `budget` largest of each row. At inference it is a constant, in the units of training: the
+    last one, until `aksae.calibrate` takes it from rows that were not trained on, whose error is larger, so that more
+    latents pay.
+    """
+
+    budget: int
+    """The mean number of latents of a row."""
+    k_max: int | None = None
+    """Candidates of a row, the most latents that it can have; None for 4 budgets, or d_sae if that is less. An SAE that
+    was trained with so many needs as many at inference."""
+    passes: int = 1
+    """Walks over the candidates in training."""
+    passes_at_inference: int = 2
+    """The same at inference: the second drops what later ones have made superfluous."""
+    topk_share: float = 1 / 6
+    """Share of a run that selects as TopK, so that there are directions to choose from."""
+    rate: float = 1.0
+    """How fast the price follows L0."""
+    exact: ClassVar[tuple[str, ...]] = ("price",)
+
+    def check(self, d_sae: int) -> None:
+        at_least("budget", self.budget, 1, d_sae)
+        if self.k_max is not None:
+            at_least("k_max", self.k_max, self.budget, d_sae)
+        for name in ("passes", "passes_at_inference"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise UserError(f"{name}: got {value!r}, needs an int from 1 up")
+        if not 0 <= self.topk_share < 1:
+            raise UserError(f"topk_share: got {self.topk_share}, needs a number from 0 to below 1")
+        if not 0 < self.rate < math.inf:
+            raise UserError(f"rate: got {self.rate}, needs a number above 0")
+
+    def attach(self, sae: SAE) -> None:
+        sae.register_buffer("price", torch.zeros(()))
+
+    def width(self, d_sae: int) -> int:
+        return min(4 * self.budget, d_sae) if self.k_max is None else self.k_max
+
+    def mean_k(self) -> float:
+        return self.budget
+
+    def is_topk_at(self, step: int, steps: int) -> bool:
+        return step < self.topk_share * steps
+
+    @torch.no_grad()
+    def start(self, sae: SAE, encoder: Encoder, wanted: Tensor) -> None:
+        candidates = encoder.topk(sae.width())
+        sae.price.copy_(price_for([(candidates, wanted)], sae.W_dec, sae.b_dec, self.budget, self.passes))
+
+    def encode(self, sae: SAE, x: Tensor, encoder: Encoder, wanted: Tensor | None) -> SparseCodes:
+        if wanted is None:
+            raise ValueError("target: got None, needs what this transcoder is to reconstruct: its latents have a price")
+        return self._kept(sae, encoder.topk(sae.width()), wanted, self.walks(training=sae.training))
+
+    def choose(self, sae: SAE, x: Tensor, encoder: Encoder, k: int | Tensor | None, wanted: Tensor) -> Chosen:
+        if isinstance(k, Tensor):
+            return Chosen(encoder.topk(k, sae.width(k)))
+        with torch.no_grad():
+            kept = self._kept(sae, encoder.topk(sae.width()), wanted, self.passes)
+        # Encoded once more: through the candidates' own values the backward would gather all of them.
+        return Chosen(encode_at(kept, *encoder))
+
+    def walks(self, *, training: bool) -> int:
+        """Passes over the candidates."""
+        return self.passes if training else self.passes_at_inference
+
+    def _kept(self, sae: SAE, candidates: SparseCodes, wanted: Tensor, passes: int) -> SparseCodes:
+        return price_select(candidates, sae.W_dec, sae.b_dec, wanted, price=sae.price, passes=passes)
+
+    @torch.no_grad()
+    def after_step(self, sae: SAE, codes: SparseCodes, k: int | Tensor | None) -> None:
+        if isinstance(k, Tensor):
+            return
+        l0 = global_sum(codes.counts.sum()) / global_rows(codes.indices)
+        sae.price.mul_((self.rate * (l0 / (self.budget if k is None else k) - 1)).exp())
+
+    def __str__(self) -> str:
+        return f"Priced, L0 of {self.budget}"
+
+
+@torch.no_grad()
+def price_for(
+    parts: Sequence[tuple[SparseCodes, Tensor]], W_dec: Tensor, b_dec: Tensor, budget: float, passes: int
+) -> Tensor:
+    """The price at which rows keep `budget` of their candidates in the mean: `[]`, in the dtype of sums.
+
+    `parts` are candidates `[..., K]` and what they reconstruct, `[..., D]`; as many as fit into memory. Found by
+    bisection over nine decades below the largest squared error, on the device, without synchronising. Where even free
+    latents do not make up the budget, the lowest of these prices.
+    """
+    norms = [torch.linalg.vector_norm(wanted - b_dec, dim=-1).amax() for _, wanted in parts if wanted.numel()]
+    n_rows = sum(codes.counts.numel() for codes, _ in parts)
+    if not norms:
+        raise UserError("rows: got none, needs at least one to find a price")
+    high = 2 * torch.stack(norms).amax().to(torch.promote_types(W_dec.dtype, torch.float32)).log()
+    low = high - 9 * math.log(10)
+    for _ in range(32):
+        middle = (low + high) / 2
+        kept = [price_select(codes, W_dec, b_dec, wanted, price=middle.exp(), passes=passes) for codes, wanted in parts]
+        is_low = sum(codes.counts.sum() for codes in kept) > budget * n_rows
+        low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
+    return high.exp()
