@@ -19,6 +19,7 @@ from .ops import (
     topk_encode,
     topk_select,
 )
+from .pricing import price_for
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "encode_at",
     "explain",
     "frozen",
+    "price_for",
     "price_select",
     "sparse_decode",
     "sparse_encode",

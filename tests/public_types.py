@@ -28,6 +28,7 @@ def ops(x: Tensor, W: Tensor, b: Tensor | None, k: Tensor) -> None:
     assert_type(ak.batch_topk_select(x, 4 * len(x)), ak.SparseCodes)
     assert_type(ak.threshold_select(x, 0.5), ak.SparseCodes)
     assert_type(ak.price_select(codes, W, b, x, price=0.5), ak.SparseCodes)
+    assert_type(ak.price_for([(codes, x)], W, b, 32), Tensor)
     assert_type(ak.sparse_decode(codes, W, b), Tensor)
     assert_type(ak.decode_mse(codes, W, b, x), Tensor)
     assert_type(ak.sparse_encode(codes, x, W), Tensor)

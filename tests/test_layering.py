@@ -27,6 +27,7 @@ PUBLIC = {
     "encode_at",
     "explain",
     "frozen",
+    "price_for",
     "price_select",
     "sparse_decode",
     "sparse_encode",
@@ -40,7 +41,7 @@ PUBLIC = {
 }
 # What a module of aksae_kernels may import from the package, and beyond torch and the standard library.
 SIBLINGS = {
-    "__init__": {"codes", "dispatch", "kept", "ops"},
+    "__init__": {"codes", "dispatch", "kept", "ops", "pricing"},
     "_arguments": {"codes"},
     "codes": set(),
     "double_double": set(),
@@ -53,6 +54,7 @@ SIBLINGS = {
     "ops": {"_arguments", "reference", "dispatch", "codes"},
     "layers": {"codes", "ops"},
     "optim": {"codes", "ops"},
+    "pricing": {"codes", "ops"},
     "backends": {"dispatch", "codes", "kept", "operands"},
     "integrations": {"", "layers", "optim"},
 }

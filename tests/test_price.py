@@ -10,7 +10,15 @@ import torch
 from conftest import INTERPRETED, MANY_ROWS, THREADS
 from torch import Tensor
 
-from aksae_kernels import SparseCodes, available_backends, price_select, sparse_decode, topk_encode, use_backend
+from aksae_kernels import (
+    SparseCodes,
+    available_backends,
+    price_for,
+    price_select,
+    sparse_decode,
+    topk_encode,
+    use_backend,
+)
 from aksae_kernels.codes import acc_dtype, live_slots
 from aksae_kernels.testing import codes_from_mask, keep_slots, poison_padding, price_mask, random_codes
 
@@ -306,3 +314,28 @@ def test_wrong_arguments_are_named():
             bad = codes._replace(indices=codes.indices.clone().fill_(7), counts=torch.full_like(codes.counts, 4))
             with use_backend(backend), pytest.raises(IndexError):
                 price_select(bad, W, b, x, price=1)
+
+
+# --------------------------------------------------------------------------------------------- a price for a budget
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_price_of_a_budget(bias):
+    W, b = torch.randn(40, 12), torch.randn(12) if bias else None
+    parts = []
+    for n in (70, 30):
+        x = torch.randn(n, 12)
+        parts.append((topk_encode(x if b is None else x - b, W, k=16), x))
+
+    def mean_l0(price: Tensor) -> float:
+        kept = [price_select(codes, W, b, x, price=price, passes=2) for codes, x in parts]
+        return float(sum(codes.counts.sum() for codes in kept)) / 100
+
+    price = price_for(parts, W, b, 2.5, passes=2)
+    assert price.shape == ()
+    # One latent more or less in a hundred rows.
+    assert mean_l0(price) == pytest.approx(2.5, abs=0.02)
+    # Free latents do not make up more candidates than there are.
+    assert mean_l0(price_for(parts, W, b, 16, passes=2)) >= mean_l0(torch.tensor(1e-6))
+    with pytest.raises(ValueError, match="at least one row"):
+        price_for([(SparseCodes(*(t[:0] for t in parts[0][0])), parts[0][1][:0])], W, b, 2)

@@ -7,10 +7,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from aksae_kernels import price_for
+
 from .errors import UserError
 from .sae import SAE
 from .selections import Priced
-from .selections.priced import price_for
 
 
 def calibrate(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from aksae_kernels import SparseCodes, encode_at, price_select
+from aksae_kernels import SparseCodes, encode_at, price_for, price_select
 
 from ..distributed import global_rows, global_sum
 from ..errors import UserError
@@ -108,27 +107,3 @@ class Priced(Selection):
 
     def __str__(self) -> str:
         return f"Priced, L0 of {self.budget}"
-
-
-@torch.no_grad()
-def price_for(
-    parts: Sequence[tuple[SparseCodes, Tensor]], W_dec: Tensor, b_dec: Tensor, budget: float, passes: int
-) -> Tensor:
-    """The price at which rows keep `budget` of their candidates in the mean: `[]`, in the dtype of sums.
-
-    `parts` are candidates `[..., K]` and what they reconstruct, `[..., D]`; as many as fit into memory. Found by
-    bisection over nine decades below the largest squared error, on the device, without synchronising. Where even free
-    latents do not make up the budget, the lowest of these prices.
-    """
-    norms = [torch.linalg.vector_norm(wanted - b_dec, dim=-1).amax() for _, wanted in parts if wanted.numel()]
-    n_rows = sum(codes.counts.numel() for codes, _ in parts)
-    if not norms:
-        raise UserError("rows: got none, needs at least one to find a price")
-    high = 2 * torch.stack(norms).amax().to(torch.promote_types(W_dec.dtype, torch.float32)).log()
-    low = high - 9 * math.log(10)
-    for _ in range(32):
-        middle = (low + high) / 2
-        kept = [price_select(codes, W_dec, b_dec, wanted, price=middle.exp(), passes=passes) for codes, wanted in parts]
-        is_low = sum(codes.counts.sum() for codes in kept) > budget * n_rows
-        low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
-    return high.exp()
