@@ -1,20 +1,27 @@
-"""`accelerate(obj)`: the sparse autoencoders and trainers of other codebases, on the kernels of this one."""
+"""The sparse autoencoders and trainers of other codebases, on the kernels of this one.
+
+`accelerate(obj)` makes them run on these kernels, `priced(sae, price)` makes their latents cost something.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from typing import Any, NamedTuple, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from .accelerated import Accelerated
+from .. import price_for
+from .accelerated import Accelerated, AcceleratedModule, Pricing
 
-__all__ = ["accelerate", "deaccelerate"]
+__all__ = ["accelerate", "deaccelerate", "priced"]
 
 T = TypeVar("T")
 
@@ -34,16 +41,27 @@ _HOSTS = {
     "sae_lens": _Host(
         "sae-lens",
         "6.54.12",
-        "TopKSAE, JumpReLUSAE, TopKTrainingSAE, BatchTopKTrainingSAE, JumpReLUTrainingSAE, SAETrainer",
+        "TopKSAE, JumpReLUSAE, StandardSAE, TopKTrainingSAE, BatchTopKTrainingSAE, JumpReLUTrainingSAE, SAETrainer",
     ),
     "dictionary_learning": _Host(
         "dictionary-learning",
         "0.1.0",
-        "AutoEncoderTopK, BatchTopKSAE, JumpReluAutoEncoder, TopKTrainer, BatchTopKTrainer, JumpReluTrainer",
+        "AutoEncoderTopK, BatchTopKSAE, JumpReluAutoEncoder, AutoEncoder, "
+        "TopKTrainer, BatchTopKTrainer, JumpReluTrainer",
     ),
     "overcomplete": _Host("overcomplete", "0.3.0", "TopKSAE"),
     "llamascopium": _Host("llamascopium", "2.0.0b34", "SparseAutoEncoder with topk, batchtopk or jumprelu, Trainer"),
 }
+# Why an SAE whose class has this in its name has no latents that could have a price.
+_UNPRICED = {
+    "Gated": "a latent of it has two pre-activations, one that opens its gate and one for its value",
+    "Transcoder": "its encode is not given what is to be reconstructed",
+    "Temporal": "its reconstruction of a token is made of other tokens, too",
+    "MatchingPursuit": "its latents are chosen by what is not yet explained, so they have no pre-activations",
+    "AbsTopK": "its latents fire with either sign",
+}
+_ROWS_AT_ONCE = 4096
+"""Rows encoded at a time to find a price."""
 _warned: set[str] = set()
 
 
@@ -122,9 +140,133 @@ def deaccelerate(obj: T) -> T:
     has none with its methods. A weight that is no plain parameter any more keeps its layout. Raises nothing.
     """
     if isinstance(obj, Accelerated) and "host_class" in vars(type(obj)):
+        _unprice(obj)
         obj._detach()
         obj.__class__ = type(obj).host_class
     return obj
+
+
+def priced(
+    sae: T,
+    price: float | None = None,
+    *,
+    budget: float | None = None,
+    rows: Tensor | None = None,
+    k_max: int | None = None,
+    passes: int = 2,
+) -> T:
+    """Make an SAE of another codebase keep the latents that pay, in its own `encode` and `forward`; returned.
+
+    Of a row's `k_max` largest positive pre-activations, whatever the host's k or thresholds are, it keeps those that
+    lower the squared error by more than `price`, given those kept before (`aksae_kernels.price_select`). Each row has a
+    k of its own, and none depends on its batch. Pre-activations, decoder and error are the host's own: centred,
+    normalised and scaled as in its encode. What `encode` and `forward` return has the form it always had, and hooks
+    see it.
+
+        priced(sae, budget=64, rows=held_out)  # then sae.pricing.price is what was found
+        priced(sae, 0.25, k_max=256)
+        priced(sae, None)                      # as it was
+
+    The SAE is accelerated if it is not yet, and put into `eval` mode: a price is for inference. After `sae.train()`,
+    and in the methods by which trainers alone encode, the host's own rule holds; `sae.eval()` brings the price back.
+    The SAE's files hold no price. `deaccelerate` takes it away, too.
+
+    Args:
+        sae: of a class that `accelerate` takes; not a trainer.
+        price: in units of squared error, of the normalised input where the SAE normalises; inf keeps nothing, -inf
+            all candidates. In the place of an earlier price, its `k_max` and `passes`. None, without a budget, takes
+            the price away, and the mode that the SAE had comes back.
+        budget: instead of a price, the mean number of latents of a row that it is to give on `rows`.
+        rows: `[N, ...]`, as `encode` takes them, on the SAE's device; not rows that it was trained on, whose error is
+            smaller. A few thousand do: their candidates are in memory together.
+        k_max: candidates of a row; None, with a budget, for 4 budgets. All latents, if there are fewer.
+        passes: walks over the candidates.
+
+    Raises:
+        TypeError: an object of no such class; the message says what it lacks.
+        ValueError: an SAE that cannot be priced as it is configured (a transcoder, say), or arguments that do not fit.
+
+    The object is as it was where this raises.
+    """
+    if price is None and budget is None and rows is None:
+        _unprice(sae)
+        return sae
+    k_max = _candidates_of_a_row(price, budget, rows, k_max, passes)
+    fast = type(sae) if isinstance(sae, Accelerated) else _fast_class(type(sae))
+    if fast is None or not issubclass(fast, AcceleratedModule):
+        raise TypeError(
+            f"sae must be an SAE that can be accelerated and gives its own input back, got {_why_unpriced(sae, fast)}"
+        )
+    if (reason := fast.price_obstacle(sae)) is not None:
+        raise ValueError(f"sae must have latents that can have a price, got a {_name(type(sae))} with {reason}")
+    module = cast(Any, sae)
+    is_new, training = not isinstance(sae, Accelerated), module.training
+    accelerate(sae)
+    try:
+        module.eval()
+        found = price if rows is None else _price_at(module, rows, cast(float, budget), k_max, passes)
+        pricing = Pricing(float(cast(float, found)), k_max, passes)
+    except BaseException:
+        module.train(training)
+        if is_new:
+            deaccelerate(sae)
+        raise
+    if module.pricing is None:
+        module._was_training = training
+    module.pricing = pricing
+    return sae
+
+
+def _candidates_of_a_row(
+    price: float | None, budget: float | None, rows: Tensor | None, k_max: int | None, passes: int
+) -> int:
+    """`k_max`, if these are arguments for `priced`; raises ValueError if not."""
+    if (price is None) == (budget is None) or (budget is None) != (rows is None):
+        got = ", ".join(
+            name for name, value in (("price", price), ("budget", budget), ("rows", rows)) if value is not None
+        )
+        raise ValueError(f"priced needs either a price or a budget and rows, got {got}")
+    if budget is not None:
+        if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 < budget < math.inf:
+            raise ValueError(f"budget must be a number above 0, got {budget!r}")
+        k_max = math.ceil(4 * budget) if k_max is None else k_max
+    elif isinstance(price, bool) or not isinstance(price, (Real, Tensor)) or math.isnan(price):
+        raise ValueError(f"price must be a number, got {price!r}")
+    elif k_max is None:
+        raise ValueError("k_max must be given with a price: how many candidates a row has; got None")
+    for name, value in (("k_max", k_max), ("passes", passes)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an int from 1 up, got {value!r}")
+    if budget is not None and budget > k_max:
+        raise ValueError(f"budget must be at most k_max, {k_max}, the candidates of a row; got {budget}")
+    return cast(int, k_max)
+
+
+@torch.no_grad()
+def _price_at(sae: Any, rows: Tensor, budget: float, k_max: int, passes: int) -> Tensor:
+    """The price at which `rows` keep `budget` latents in the mean."""
+    if not isinstance(rows, Tensor) or rows.ndim < 2 or not rows.numel():
+        got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"rows must be a tensor [N, ...] of at least one row to find a price, got {got}")
+    parts = []
+    for some in rows.split(_ROWS_AT_ONCE):
+        codes, W_dec, b_dec, target = sae._candidates(k_max, some)
+        parts.append((codes, target))
+    return price_for(parts, W_dec, b_dec, budget, passes)
+
+
+def _unprice(obj: Any) -> None:
+    if isinstance(getattr(obj, "pricing", None), Pricing):
+        del obj.pricing
+        obj.train(vars(obj).pop("_was_training"))
+
+
+def _why_unpriced(obj: Any, fast: type[Accelerated] | None) -> str:
+    """What the object is, and what of it is in the way of a price."""
+    if fast is not None:
+        return f"a {_name(type(obj))}: price the SAE in it"
+    reason = next((reason for part, reason in _UNPRICED.items() if part in type(obj).__name__), None)
+    return _describe(obj) if reason is None else f"a {_name(type(obj))}: {reason}"
 
 
 def _host_of(cls: type) -> str | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from abc import ABC
 from inspect import isfunction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import SparseCodes, price_select
 from .weights import as_latent_major, as_row_major, is_in_buckets
 
 
@@ -53,8 +54,31 @@ class Accelerated:
         """Undo `_attach`, also half of it, before the class changes back."""
 
 
+class Pricing(NamedTuple):
+    """What the latents of a priced SAE cost."""
+
+    price: float
+    """In units of the squared error that the SAE's decoder makes: of normalised inputs, where the SAE normalises."""
+    k_max: int
+    """Candidates of a row."""
+    passes: int
+    """Walks over them."""
+
+
+class Candidates(NamedTuple):
+    """The first arguments of `price_select`: candidates, and what they are to reconstruct."""
+
+    codes: SparseCodes
+    W_dec: Tensor
+    b_dec: Tensor | None
+    x: Tensor
+
+
 class AcceleratedModule(Accelerated):
     """An accelerated `nn.Module`, some of whose weights are kept by latent in memory."""
+
+    pricing: Pricing | None = None
+    """What `priced` has set: it holds in `eval` mode, for `encode` and `forward`."""
 
     transposed: ClassVar[tuple[str, ...]] = ()
     """Names of parameters `[D, F]`: their `.T`, `[F, D]`, is contiguous while the module is accelerated.
@@ -73,6 +97,27 @@ class AcceleratedModule(Accelerated):
         for name in self.transposed:
             if (weight := _matrix(self, name)) is not None:
                 as_row_major(weight)
+
+    @classmethod
+    def price_obstacle(cls, obj: Any) -> str | None:
+        """What about an SAE that can be accelerated keeps its latents from a price, in words that fit after "with"."""
+        return None
+
+    def _is_priced(self: nn.Module) -> bool:
+        return self.pricing is not None and not self.training
+
+    def _candidates(self, k_max: int, *data: Tensor) -> Candidates:
+        """The `k_max` latents of each row with the largest positive scores, or all that there are.
+
+        `data` is the input, and where the host makes scores in any case, those. Scores, decoder and target are in the
+        host's own units: a host that ranks by scores times decoder norms reconstructs with decoder rows of norm 1.
+        """
+        raise NotImplementedError
+
+    def _at_price(self, *data: Tensor) -> SparseCodes:
+        """Those of the candidates that pay."""
+        price, k_max, passes = self.pricing
+        return price_select(*self._candidates(k_max, *data), price=price, passes=passes)
 
     def state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The host's, with contiguous copies of `transposed`: safetensors needs them, and files should not tell.

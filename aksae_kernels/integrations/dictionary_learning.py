@@ -1,4 +1,4 @@
-"""dictionary_learning: its TopK, BatchTopK and JumpReLU autoencoders, and their trainers.
+"""dictionary_learning: its TopK, BatchTopK, JumpReLU and ReLU autoencoders, and the trainers of the first three.
 
 Its rules, kept here: `b_dec` is subtracted from the input (JumpReLU: only with `apply_b_dec_to_input`, never by the
 trainer); ReLU comes before the top-k; the auxiliary loss takes the dead latents best in a row from the same input, is
@@ -12,6 +12,8 @@ threshold infinite; the JumpReLU trainer's estimator is the host's own, applied 
 
 `encode` with its extra results, and every call while an `nn.Linear` of the autoencoder has hooks or is replaced, are
 the host's.
+
+A price holds for `encode` with extra results, too, and whatever `use_threshold` says.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from dictionary_learning.dictionary import JumpReluAutoEncoder
+from dictionary_learning.dictionary import AutoEncoder, JumpReluAutoEncoder
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE, BatchTopKTrainer
 from dictionary_learning.trainers.jumprelu import JumpReLUFunction, JumpReluTrainer, StepFunction
 from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer, geometric_median
@@ -29,9 +31,9 @@ from torch import Tensor, nn
 
 from .. import SparseCodes, sparse_decode, topk_encode
 from . import accelerate, deaccelerate
-from .accelerated import AbstractFirst, Accelerated, AcceleratedModule, has_data, is_plain_linear
+from .accelerated import AbstractFirst, Accelerated, AcceleratedModule, Candidates, has_data, is_plain_linear
 from .adam import slow_down, speed_up
-from .sparse import above, batch_topk, is_crowded, product_dtype, topk
+from .sparse import above, batch_topk, candidates, candidates_of, is_crowded, padded_apart, product_dtype, topk
 from .weights import as_latent_major, as_row_major, normalize_rows_, project_rows_
 
 
@@ -58,6 +60,21 @@ class _LinearAutoEncoder(AcceleratedModule):
         """The codes that training takes, of `x - b_dec`."""
         raise NotImplementedError
 
+    def _bias(self) -> Tensor:
+        """`b_enc`, under autocast in its dtype: an `nn.Linear` rounds the bias, too."""
+        return self.encoder.bias.to(product_dtype(self.encoder.bias))
+
+    def _candidates(self, k_max: int, x: Tensor) -> Candidates:
+        centred = x - self.b_dec
+        if self._is_plain():
+            codes = candidates(centred, self.encoder.weight, self._bias(), k_max)
+        else:
+            codes = candidates_of(self.encoder(centred), k_max)
+        return Candidates(codes, self.decoder.weight.T, None, centred)
+
+    def _post_relu(self, x: Tensor) -> Tensor:
+        return self.encoder(x - self.b_dec).relu()
+
     def _decode(self, codes: SparseCodes) -> Tensor:
         # b_dec is added as the host adds it: outside of autocast.
         return sparse_decode(codes, self.decoder.weight.T) + self.b_dec
@@ -73,6 +90,10 @@ class FastAutoEncoderTopK(AbstractFirst, _LinearAutoEncoder, AutoEncoderTopK):
     host_class = AutoEncoderTopK
 
     def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False):
+        if self._is_priced():
+            codes = self._at_price(x)
+            f = codes.to_dense(self.dict_size)
+            return (f, *padded_apart(codes), self._post_relu(x)) if return_topk else f
         if return_topk or use_threshold or not self._is_plain():
             return super().encode(x, return_topk=return_topk, use_threshold=use_threshold)
         return self._select(x - self.b_dec).to_dense(self.dict_size)
@@ -80,7 +101,8 @@ class FastAutoEncoderTopK(AbstractFirst, _LinearAutoEncoder, AutoEncoderTopK):
     def forward(self, x: Tensor, output_features: bool = False):
         if not self._is_plain():
             return super().forward(x, output_features)
-        return self._output(self._select(x - self.b_dec), output_features)
+        codes = self._at_price(x) if self._is_priced() else self._select(x - self.b_dec)
+        return self._output(codes, output_features)
 
     def _select(self, centred: Tensor) -> SparseCodes:
         return topk(centred, self.encoder.weight, self.encoder.bias, int(self.k))
@@ -92,6 +114,9 @@ class FastBatchTopKSAE(AbstractFirst, _LinearAutoEncoder, BatchTopKSAE):
     host_class = BatchTopKSAE
 
     def encode(self, x: Tensor, return_active: bool = False, use_threshold: bool = True):
+        if self._is_priced():
+            f = self._at_price(x).to_dense(self.dict_size)
+            return (f, f.sum(0) > 0, self._post_relu(x)) if return_active else f
         if return_active or use_threshold or not (self._is_plain() and has_data(x)):
             return super().encode(x, return_active=return_active, use_threshold=use_threshold)
         return self._select(x - self.b_dec).to_dense(self.dict_size)
@@ -99,6 +124,8 @@ class FastBatchTopKSAE(AbstractFirst, _LinearAutoEncoder, BatchTopKSAE):
     def forward(self, x: Tensor, output_features: bool = False):
         if not self._is_plain():
             return super().forward(x, output_features)
+        if self._is_priced():
+            return self._output(self._at_price(x), output_features)
         selection = (x - self.b_dec, self.encoder.weight, self._bias(), self.threshold)
         if is_crowded(*selection):
             return super().forward(x, output_features)
@@ -107,9 +134,29 @@ class FastBatchTopKSAE(AbstractFirst, _LinearAutoEncoder, BatchTopKSAE):
     def _select(self, centred: Tensor) -> SparseCodes:
         return batch_topk(centred, self.encoder.weight, self._bias(), int(self.k) * len(centred))
 
-    def _bias(self) -> Tensor:
-        """`b_enc`, under autocast in its dtype: an `nn.Linear` rounds the bias, too."""
-        return self.encoder.bias.to(product_dtype(self.encoder.bias))
+
+class FastAutoEncoder(AbstractFirst, _LinearAutoEncoder, AutoEncoder):
+    """`AutoEncoder` whose `forward` goes by sparse codes where they are sparse; not with a `ghost_mask`."""
+
+    host_class = AutoEncoder
+
+    @property
+    def b_dec(self) -> Tensor:
+        return self.bias
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self._at_price(x).to_dense(self.dict_size) if self._is_priced() else super().encode(x)
+
+    def forward(self, x: Tensor, output_features: bool = False, ghost_mask: Tensor | None = None):
+        if ghost_mask is not None or not self._is_plain():
+            return super().forward(x, output_features, ghost_mask)
+        if self._is_priced():
+            return self._output(self._at_price(x), output_features)
+        bias = self._bias()
+        selection = (x - self.b_dec, self.encoder.weight, bias, bias.new_zeros(()))
+        if is_crowded(*selection):
+            return super().forward(x, output_features)
+        return self._output(above(*selection), output_features)
 
 
 class FastJumpReluAutoEncoder(AbstractFirst, AcceleratedModule, JumpReluAutoEncoder):
@@ -122,11 +169,28 @@ class FastJumpReluAutoEncoder(AbstractFirst, AcceleratedModule, JumpReluAutoEnco
         """Nothing: the host itself makes `W_enc` by transposing, which leaves it in the layout wanted here."""
 
     def forward(self, x: Tensor, output_features: bool = False):
-        centred = x - self.b_dec if self.apply_b_dec_to_input else x
-        selection = (centred, self.W_enc.T, self.b_enc, self.threshold)
+        if self._is_priced():
+            return self._output(self._at_price(x), output_features)
+        selection = (self._encoder_input(x), self.W_enc.T, self.b_enc, self.threshold)
         if is_crowded(*selection):
             return super().forward(x, output_features)
-        codes = above(*selection)
+        return self._output(above(*selection), output_features)
+
+    def encode(self, x: Tensor, output_pre_jump: bool = False):
+        if not self._is_priced():
+            return super().encode(x, output_pre_jump)
+        f = self._at_price(x).to_dense(self.dict_size)
+        return (f, self._encoder_input(x) @ self.W_enc + self.b_enc) if output_pre_jump else f
+
+    def _encoder_input(self, x: Tensor) -> Tensor:
+        return x - self.b_dec if self.apply_b_dec_to_input else x
+
+    def _candidates(self, k_max: int, x: Tensor) -> Candidates:
+        z = self._encoder_input(x)
+        codes = candidates(z, self.W_enc.T, self.b_enc, k_max)
+        return Candidates(codes, self.W_dec, None if self.apply_b_dec_to_input else self.b_dec, z)
+
+    def _output(self, codes: SparseCodes, output_features: bool) -> Tensor | tuple[Tensor, Tensor]:
         x_hat = sparse_decode(codes, self.W_dec) + self.b_dec
         return (x_hat, codes.to_dense(self.dict_size)) if output_features else x_hat
 

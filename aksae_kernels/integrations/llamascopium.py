@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .. import SparseCodes, sparse_decode
 from . import accelerate
-from .accelerated import Accelerated, AcceleratedModule, has_data, has_hooks
+from .accelerated import Accelerated, AcceleratedModule, Candidates, has_data, has_hooks
 from .adam import slow_down, speed_up
-from .sparse import above, batch_topk, topk
+from .sparse import above, batch_topk, candidates, candidates_of, topk
 
 _ACTIVATIONS = ("topk", "batchtopk", "jumprelu")
 
@@ -53,7 +53,17 @@ class FastSparseAutoEncoder(AcceleratedModule, SparseAutoEncoder):
             return f"act_fn {obj.cfg.act_fn!r}, where {', '.join(_ACTIVATIONS)} have kernels"
         return None
 
+    @classmethod
+    def price_obstacle(cls, obj: SparseAutoEncoder) -> str | None:
+        if obj.cfg.hook_point_in != obj.cfg.hook_point_out:
+            points = f"hook_point_in {obj.cfg.hook_point_in!r} and hook_point_out {obj.cfg.hook_point_out!r}"
+            return f"{points}, where encode is not given what is to be reconstructed"
+        return None
+
     def encode(self, x: Tensor, return_hidden_pre: bool = False, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
+        if self._is_priced():
+            feature_acts = self.hook_feature_acts(self._encode_at_price(x).to_dense(self.cfg.d_sae))
+            return (feature_acts, self._hidden_pre(x)) if return_hidden_pre else feature_acts
         if return_hidden_pre or not self._is_sparse(x):
             return super().encode(x, return_hidden_pre, **kwargs)
         return self._encode(x).to_dense(self.cfg.d_sae)
@@ -64,7 +74,9 @@ class FastSparseAutoEncoder(AcceleratedModule, SparseAutoEncoder):
     def forward(
         self, x: Tensor, encoder_kwargs: dict[str, Any] | None = None, decoder_kwargs: dict[str, Any] | None = None
     ) -> Tensor:
-        if encoder_kwargs or not self._is_sparse(x):
+        if self._is_priced() and not (encoder_kwargs or has_hooks(self.hook_feature_acts)):
+            return self._decode(self._encode_at_price(x))
+        if self._is_priced() or encoder_kwargs or not self._is_sparse(x):
             return super().forward(x, encoder_kwargs or {}, decoder_kwargs or {})
         with timer.time("forward"):
             return self._decode(self._encode(x))
@@ -139,6 +151,22 @@ class FastSparseAutoEncoder(AcceleratedModule, SparseAutoEncoder):
 
     def _encode(self, x: Tensor) -> SparseCodes:
         return self._select(x, self.W_E.T, self.b_E, self._scale(), self.current_k)
+
+    def _encode_at_price(self, x: Tensor) -> SparseCodes:
+        codes, scale = self._at_price(x), self._scale()
+        return codes if scale is None else codes._replace(values=codes.values * codes.gather(1 / scale))
+
+    def _candidates(self, k_max: int, x: Tensor) -> Candidates:
+        x, scale = x.to(self.W_E.dtype), self._scale()
+        if has_hooks(self.hook_hidden_pre):
+            codes = candidates_of(self._hidden_pre(x), k_max, scale)
+        else:
+            codes = candidates(x, self.W_E.T, self.b_E, k_max, scale)
+        W_dec = self.W_D if scale is None else self.W_D / scale.unsqueeze(1)
+        return Candidates(codes, W_dec, self.b_D if self.cfg.use_decoder_bias else None, x)
+
+    def _hidden_pre(self, x: Tensor) -> Tensor:
+        return self.hook_hidden_pre(x.to(self.W_E.dtype) @ self.W_E + self.b_E)
 
     def _scale(self) -> Tensor | None:
         with torch.no_grad():

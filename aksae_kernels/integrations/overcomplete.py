@@ -19,8 +19,8 @@ from overcomplete.sae.modules import AttentionEncoder, MLPEncoder, ResNetEncoder
 from torch import Tensor, nn
 
 from .. import SparseCodes, sparse_decode, topk_select
-from .accelerated import AbstractFirst, AcceleratedModule, has_hooks, is_plain_linear
-from .sparse import pre_acts_at
+from .accelerated import AbstractFirst, AcceleratedModule, Candidates, has_hooks, is_plain_linear
+from .sparse import candidates_of, pre_acts_at
 
 
 class FastTopKSAE(AbstractFirst, AcceleratedModule, TopKSAE):
@@ -28,18 +28,33 @@ class FastTopKSAE(AbstractFirst, AcceleratedModule, TopKSAE):
 
     host_class = TopKSAE
 
+    @classmethod
+    def price_obstacle(cls, obj: TopKSAE) -> str | None:
+        if type(obj.encoder) not in (MLPEncoder, TieableEncoder) or not _has_relu(obj.encoder):
+            return f"the encoder {type(obj.encoder).__name__}, where rows of codes that end in a ReLU are needed"
+        if type(obj.dictionary) not in (DictionaryLayer, RelaxedArchetypalDictionary):
+            return f"the dictionary {type(obj.dictionary).__name__}, where a matrix is needed"
+        return None
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self._is_priced():
+            pre_codes, codes = self.encoder(x)
+            return pre_codes, self._at_price(x, codes).to_dense(codes.shape[-1])
         if not _has_relu(self.encoder):
             return super().encode(x)
         pre_codes, codes = self._encode(x)
         return pre_codes, codes.to_dense(pre_codes.shape[-1])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not (_has_relu(self.encoder) and _is_matrix(self.dictionary)):
+        if self._is_priced() or not (_has_relu(self.encoder) and _is_matrix(self.dictionary)):
             return super().forward(x)
         pre_codes, codes = self._encode(x)
         x_hat = sparse_decode(codes, self.dictionary.get_dictionary())
         return pre_codes, codes.to_dense(pre_codes.shape[-1]), x_hat
+
+    def _candidates(self, k_max: int, x: Tensor, codes: Tensor | None = None) -> Candidates:
+        codes = self.encoder(x)[1] if codes is None else codes
+        return Candidates(candidates_of(codes, k_max), self.get_dictionary(), None, x)
 
     def _encode(self, x: Tensor) -> tuple[Tensor, SparseCodes]:
         linear = _linear(self.encoder, x)

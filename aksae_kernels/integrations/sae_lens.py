@@ -1,4 +1,4 @@
-"""SAELens: TopK and JumpReLU SAEs, the training SAEs of both and of BatchTopK, and their trainer.
+"""SAELens: TopK, JumpReLU and standard SAEs, the training SAEs of both and of BatchTopK, and their trainer.
 
 The host's rules, as they are kept here:
 
@@ -32,15 +32,26 @@ import torch.nn.functional as F
 from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.standard_sae import StandardSAE
 from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
 from .. import SparseCodes, sparse_decode
 from . import accelerate, deaccelerate
-from .accelerated import Accelerated, AcceleratedModule, has_data, has_hooks
+from .accelerated import Accelerated, AcceleratedModule, Candidates, has_data, has_hooks
 from .adam import slow_down, speed_up
-from .sparse import above, active_codes, batch_topk, has_tangent, is_crowded, pre_acts_at, topk
+from .sparse import (
+    above,
+    active_codes,
+    batch_topk,
+    candidates,
+    candidates_of,
+    has_tangent,
+    is_crowded,
+    pre_acts_at,
+    topk,
+)
 
 _ROWS_AT_ONCE = 64
 """Rows whose scores of dead latents are kept at once."""
@@ -107,6 +118,8 @@ class _SparseSAE(AcceleratedModule):
         return cls if found is cls.host_class else found
 
     def encode(self, x: Tensor) -> Tensor:
+        if self._is_priced():
+            return self.hook_sae_acts_post(self._hand_out(self._at_price(x)))
         encoded = None if self._is_watched() else self._encode(x)
         if encoded is None:
             return super().encode(x)
@@ -119,11 +132,11 @@ class _SparseSAE(AcceleratedModule):
         codes = active_codes(feature_acts) if feature_acts.shape[-1] == self.cfg.d_sae else None
         if codes is None:
             return super().decode(feature_acts)
-        if self._is_rescaled():
-            codes = codes._replace(values=codes.values * codes.gather(1 / self._decoder_norms()))
-        return self._decode(codes)
+        return self._decode(self._unscaled(codes))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_priced() and not (self.use_error_term or has_hooks(self.hook_sae_acts_post)):
+            return self.hook_sae_output(self._decode(self._unscaled(self._at_price(x))))
         encoded = None if self.use_error_term or self._is_watched(self.hook_sae_acts_post) else self._encode(x)
         if encoded is None:
             return super().forward(x)
@@ -138,6 +151,23 @@ class _SparseSAE(AcceleratedModule):
 
     def _select(self, x: Tensor, b_enc: Tensor, norm: Tensor | None) -> SparseCodes | None:
         raise NotImplementedError
+
+    def _candidates(self, k_max: int, x: Tensor) -> Candidates:
+        norm = self._decoder_norms() if self._is_rescaled() else None
+        sae_in = self.process_sae_in(x)
+        if has_hooks(self.hook_sae_acts_pre):
+            scores = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
+            codes = candidates_of(scores, k_max, norm)
+        else:
+            codes = candidates(sae_in, self.W_enc.T, self.b_enc, k_max, norm)
+        W_dec = self.W_dec if norm is None else self.W_dec / norm.unsqueeze(1)
+        return Candidates(codes, W_dec, None if self.cfg.apply_b_dec_to_input else self.b_dec, sae_in)
+
+    def _unscaled(self, activations: SparseCodes) -> SparseCodes:
+        """What `W_dec` is multiplied with, of the host's activations."""
+        if not self._is_rescaled():
+            return activations
+        return activations._replace(values=activations.values * activations.gather(1 / self._decoder_norms()))
 
     def _decode(self, codes: SparseCodes) -> Tensor:
         # Added last: under autocast the host adds b_dec in its own precision.
@@ -291,10 +321,17 @@ class FastJumpReLUSAE(_SparseSAE, JumpReLUSAE):
     activation = nn.ReLU
 
     def _select(self, x: Tensor, b_enc: Tensor, norm: Tensor | None) -> SparseCodes | None:
-        threshold = self.threshold.detach()
-        if is_crowded(x, self.W_enc.T, b_enc, threshold):
-            return None
-        return above(x, self.W_enc.T, b_enc, threshold)
+        return _above(x, self.W_enc.T, b_enc, self.threshold.detach())
+
+
+class FastStandardSAE(_SparseSAE, StandardSAE):
+    """As FastJumpReLUSAE, with the threshold 0."""
+
+    host_class = StandardSAE
+    activation = nn.ReLU
+
+    def _select(self, x: Tensor, b_enc: Tensor, norm: Tensor | None) -> SparseCodes | None:
+        return _above(x, self.W_enc.T, b_enc, b_enc.new_zeros(()))
 
 
 class FastJumpReLUTrainingSAE(_TrainingSAE, JumpReLUTrainingSAE):
@@ -401,6 +438,11 @@ class FastSAETrainer(SAETrainer, Accelerated):
 
 
 _TRAINING_SAES = (FastTopKTrainingSAE, FastBatchTopKTrainingSAE, FastJumpReLUTrainingSAE)
+
+
+def _above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseCodes | None:
+    selection = (x, W_enc, b_enc, threshold)
+    return None if is_crowded(*selection) else above(*selection)
 
 
 def _best(scores: Tensor, k: int, scale: Tensor | None) -> Tensor:

@@ -52,6 +52,17 @@ def topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, scale: Tensor | None =
     return pre_acts_at(chosen, x, W_enc, b_enc)
 
 
+def candidates(x: Tensor, W_enc: Tensor, b_enc: Tensor, k_max: int, scale: Tensor | None = None) -> SparseCodes:
+    """`topk` of all latents if there are fewer than `k_max`, with the scaled scores as values."""
+    codes = topk(x, W_enc, b_enc, min(k_max, len(W_enc)), scale)
+    return codes if scale is None else codes._replace(values=codes.values * codes.gather(scale))
+
+
+def candidates_of(scores: Tensor, k_max: int, scale: Tensor | None = None) -> SparseCodes:
+    """`candidates` of scores `[..., F]` that are there: a host has made them, or shows them to hooks."""
+    return topk_select(scores if scale is None else scores * scale, min(k_max, scores.shape[-1]))
+
+
 def batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, budget: int, scale: Tensor | None = None) -> SparseCodes:
     """The `budget` best latents of the whole batch `x [..., D]`, ranked by `scale[f]` times the score if given.
 
@@ -122,6 +133,21 @@ def padded(codes: SparseCodes) -> tuple[Tensor, Tensor]:
         spare = torch.where(codes.counts > 0, indices[..., 0], somewhere).unsqueeze(-1)
         indices = indices.where(mask, spare)
     return values, indices
+
+
+def padded_apart(codes: SparseCodes) -> tuple[Tensor, Tensor]:
+    """As `padded`, but slots past a row's count hold latents that the row does not have, each at most once.
+
+    For callers that write activations into a dense row: of two that name one latent, the last would win. The codes may
+    be no wider than there are latents.
+    """
+    mask, width = codes.mask(), codes.indices.shape[-1]
+    # Of the latents 0 to K - 1 a row lacks at least as many as it has slots to spare; the last column is all others.
+    is_taken = mask.new_zeros((*codes.counts.shape, width + 1))
+    is_taken.scatter_(-1, codes.indices.where(mask & (codes.indices < width), width).long(), True)
+    spare = is_taken[..., :width].int().argsort(dim=-1, stable=True)
+    slot = torch.arange(width, device=mask.device) - codes.counts.unsqueeze(-1)
+    return codes.values.where(mask, 0), codes.indices.long().where(mask, spare.gather(-1, slot.clamp(min=0).long()))
 
 
 def has_tangent(tensor: Tensor) -> bool:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import SparseCodes, decode_mse, sparse_decode, topk_encode, topk_select
 from . import accelerate, deaccelerate
-from .accelerated import Accelerated, AcceleratedModule
+from .accelerated import Accelerated, AcceleratedModule, Candidates
 from .adam import slow_down, speed_up
-from .sparse import padded, topk
+from .sparse import candidates, candidates_of, padded, padded_apart, topk
 from .weights import normalize_rows_, project_rows_
 
 
@@ -28,7 +28,11 @@ class FastSparseCoder(AcceleratedModule, SparseCoder):
     * the gradients of the AuxK and Multi-TopK losses reach the encoder; the host's fused encoder drops them;
     * in a row with fewer than k positive pre-activations the remaining slots name latents that fired (in that row, or
       in another where none did) with activation 0, so that a trainer counts none as fired that was not. The host fills
-      them with latents of pre-activation 0, counts those as fired, and passes a gradient through their ReLU.
+      them with latents of pre-activation 0, counts those as fired, and passes a gradient through their ReLU. `encode`,
+      which no trainer calls, names no latent twice, as the host: callers write its activations into dense rows.
+
+    At a price, outputs hold `k_max` activations of each row, or one for each latent if those are fewer. Slots past
+    those that pay are filled as in `encode`, in `forward` too. Multi-TopK and AuxK, which are about training, are 0.
 
     As in the host, decoding and its gradients stay in the dtype of the weights under autocast, and with Multi-TopK
     `sae_out` and the latents of the output are those of 4k.
@@ -42,10 +46,19 @@ class FastSparseCoder(AcceleratedModule, SparseCoder):
             return f"activation {obj.cfg.activation!r}, where 'topk' is the only one with kernels"
         return None
 
+    @classmethod
+    def price_obstacle(cls, obj: SparseCoder) -> str | None:
+        if obj.cfg.transcode:
+            return "transcode=True, where encode is not given what is to be reconstructed"
+        if obj.W_dec is None:
+            return "no decoder, where a price is asked for what latents reconstruct"
+        return None
+
     def encode(self, x: Tensor) -> EncoderOutput:
         """As the host's, with the dense `pre_acts [..., F]`: for callers other than `forward`. Gradients are dense."""
         pre_acts = F.linear(self._encoder_input(x), self.encoder.weight, self.encoder.bias).relu()
-        return EncoderOutput(*padded(topk_select(pre_acts, self.cfg.k)), pre_acts)
+        codes = self._at_price(x, pre_acts) if self._is_priced() else topk_select(pre_acts, self.cfg.k)
+        return EncoderOutput(*padded_apart(codes), pre_acts)
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         counts = top_indices.new_full(top_indices.shape[:-1], top_indices.shape[-1], dtype=torch.int32)
@@ -62,11 +75,11 @@ class FastSparseCoder(AcceleratedModule, SparseCoder):
     ) -> ForwardOutput:
         k, multi_topk = self.cfg.k, self.cfg.multi_topk
         y = x if y is None else y
+        if self._is_priced():
+            return self._forward_at_price(x, y, total_variance)
         z = self._encoder_input(x)
         wide = topk(z, self.encoder.weight, self.encoder.bias, 4 * k if multi_topk else k)
-        sae_out = self._decode(_best(wide, k) if multi_topk else wide)
-        if self.W_skip is not None:
-            sae_out = sae_out + x.to(self.dtype) @ self.W_skip.mT
+        sae_out = self._reconstruct(_best(wide, k) if multi_topk else wide, x)
 
         e = y - sae_out
         if total_variance is None:
@@ -78,6 +91,28 @@ class FastSparseCoder(AcceleratedModule, SparseCoder):
             sae_out = self._decode(wide)
             multi_topk_fvu = (sae_out - y).pow(2).sum() / total_variance
         return ForwardOutput(sae_out, *padded(wide), e.pow(2).sum() / total_variance, auxk_loss, multi_topk_fvu)
+
+    def _forward_at_price(self, x: Tensor, y: Tensor, total_variance: Tensor | None) -> ForwardOutput:
+        codes = self._at_price(x)
+        sae_out = self._reconstruct(codes, x)
+        if total_variance is None:
+            total_variance = (y - y.mean(0)).pow(2).sum()
+        zero = sae_out.new_zeros(())
+        return ForwardOutput(sae_out, *padded_apart(codes), (y - sae_out).pow(2).sum() / total_variance, zero, zero)
+
+    def _candidates(self, k_max: int, x: Tensor, pre_acts: Tensor | None = None) -> Candidates:
+        z = self._encoder_input(x)
+        if pre_acts is None:
+            codes = candidates(z, self.encoder.weight, self.encoder.bias, k_max)
+        else:
+            codes = candidates_of(pre_acts, k_max)
+        target = z if self.W_skip is None else z - x.to(self.dtype) @ self.W_skip.mT
+        # In the dtype of the weights, as they are decoded.
+        return Candidates(codes._replace(values=codes.values.to(self.dtype)), self.W_dec, None, target.to(self.dtype))
+
+    def _reconstruct(self, codes: SparseCodes, x: Tensor) -> Tensor:
+        sae_out = self._decode(codes)
+        return sae_out if self.W_skip is None else sae_out + x.to(self.dtype) @ self.W_skip.mT
 
     @torch.no_grad()
     def set_decoder_norm_to_unit_norm(self) -> None:
