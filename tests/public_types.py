@@ -11,7 +11,7 @@ from aksae import formats
 from torch import Tensor
 
 import aksae_kernels as ak
-from aksae_kernels.integrations import accelerate
+from aksae_kernels.integrations import accelerate, priced
 from aksae_kernels.layers import SparseDecoder, TopKEncoder
 from aksae_kernels.optim import SAEAdam
 
@@ -55,6 +55,7 @@ def modules(x: Tensor) -> None:
     assert_type(optimizer.last_grad_norm, Tensor | None)
     optimizer.step()
     assert_type(accelerate(encoder), TopKEncoder)
+    assert_type(priced(encoder, 0.5, k_max=32), TopKEncoder)
 
 
 def training(x: Tensor, folder: Path) -> None:

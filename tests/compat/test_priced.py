@@ -391,6 +391,17 @@ def test_sae_lens_training_steps_have_their_own_rule():
         assert torch.equal(priced(sae, 0.1, k_max=K_MAX).training_forward_pass(step_input).loss, before)
 
 
+def test_dictionary_learning_steps_have_their_own_rule():
+    pytest.importorskip("dictionary_learning")
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    options = {"activation_dim": D, "dict_size": F, "k": K, "layer": 0, "lm_name": "none", "warmup_steps": 1}
+    trainer, x = accelerate(TopKTrainer(steps=10, seed=0, device="cpu", **options)), rows(20).float()
+    before = trainer.loss(x, step=1)
+    priced(trainer.ae, 0.1, k_max=K_MAX)
+    assert torch.equal(trainer.loss(x, step=1), before)
+
+
 @torch.no_grad()
 def test_sparsify_outputs():
     coder, x = priced(build("sparsify-SparseCoder"), 0.1, k_max=K_MAX), rows(25)
