@@ -20,9 +20,8 @@ Where somebody looks at dense activations or puts others in their place (a hook 
 error term is asked for, where more than a sixteenth of the latents fire, and on the meta device where the width of
 codes would be data, the host's own code runs.
 
-At a price, pre-activations are made for the hooks on `hook_sae_acts_pre`, which may replace them; the activation function
-is not called. With `rescale_acts_by_decoder_norm` the price is that of activations times decoder rows of norm 1, which is
-the same error, and candidates are visited by activation.
+At a price, pre-activations are made for the hooks on `hook_sae_acts_pre`, which may replace them, and the activation
+function is not called. With `rescale_acts_by_decoder_norm` candidates are visited by their scaled activations.
 """
 
 from __future__ import annotations

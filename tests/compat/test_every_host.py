@@ -36,6 +36,7 @@ def _sae_lens(kind: str) -> nn.Module:
     options = {
         "TopKSAE": {"k": K},
         "JumpReLUSAE": {},
+        "StandardSAE": {},
         "TopKTrainingSAE": {"k": K},
         "BatchTopKTrainingSAE": {"k": K},
         "JumpReLUTrainingSAE": {"jumprelu_init_threshold": 2.5, "l0_coefficient": 0.1},
@@ -49,11 +50,13 @@ def _sae_lens(kind: str) -> nn.Module:
 
 def _dictionary_learning(kind: str) -> nn.Module:
     pytest.importorskip("dictionary_learning")
-    from dictionary_learning.dictionary import JumpReluAutoEncoder
+    from dictionary_learning.dictionary import AutoEncoder, JumpReluAutoEncoder
     from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
     from dictionary_learning.trainers.top_k import AutoEncoderTopK
 
     classes = {"AutoEncoderTopK": AutoEncoderTopK, "BatchTopKSAE": BatchTopKSAE}
+    if kind == "AutoEncoder":
+        return AutoEncoder(D, F).double()
     sae = classes[kind](D, F, K) if kind in classes else JumpReluAutoEncoder(D, F)
     sae.threshold.data.fill_(2.2)
     return sae.double()
@@ -86,11 +89,18 @@ def _overcomplete() -> nn.Module:
 HOSTS: dict[str, Callable[[], nn.Module]] = {
     **{
         f"sae_lens-{kind}": lambda kind=kind: _sae_lens(kind)
-        for kind in ("TopKSAE", "JumpReLUSAE", "TopKTrainingSAE", "BatchTopKTrainingSAE", "JumpReLUTrainingSAE")
+        for kind in (
+            "TopKSAE",
+            "JumpReLUSAE",
+            "StandardSAE",
+            "TopKTrainingSAE",
+            "BatchTopKTrainingSAE",
+            "JumpReLUTrainingSAE",
+        )
     },
     **{
         f"dictionary_learning-{kind}": lambda kind=kind: _dictionary_learning(kind)
-        for kind in ("AutoEncoderTopK", "BatchTopKSAE", "JumpReluAutoEncoder")
+        for kind in ("AutoEncoderTopK", "BatchTopKSAE", "JumpReluAutoEncoder", "AutoEncoder")
     },
     **{
         f"llamascopium-{act_fn}": lambda act_fn=act_fn: _llamascopium(act_fn)
@@ -99,6 +109,9 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
     "sparsify-SparseCoder": _sparsify,
     "overcomplete-TopKSAE": _overcomplete,
 }
+
+# Few of their latents fire where the encoder's bias is negative.
+HAVE_NO_THRESHOLD = ("sae_lens-StandardSAE", "dictionary_learning-AutoEncoder")
 
 
 def build(name: str) -> nn.Module:
@@ -111,6 +124,8 @@ def build(name: str) -> nn.Module:
                 values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 # So that scores and outputs are of the order of 1, and few scores are above the thresholds.
                 parameter.copy_(values / (4 if values.ndim == 2 else 2))
+                if name in HAVE_NO_THRESHOLD and parameter_name in ("b_enc", "encoder.bias"):
+                    parameter.sub_(2.4)
     return sae
 
 
@@ -189,6 +204,7 @@ NEVER_SHARDED = (
     "dictionary_learning-AutoEncoderTopK",
     "dictionary_learning-BatchTopKSAE",
     "dictionary_learning-JumpReluAutoEncoder",
+    "dictionary_learning-AutoEncoder",
     "overcomplete-TopKSAE",
 )
 
