@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from aksae_kernels import price_for
 
 from .errors import UserError
+from .formats.native import as_sae
+from .formats.stored import StoredSAE
 from .sae import SAE
 from .selections import Priced
 
@@ -54,9 +57,9 @@ def calibrate(
 
 
 def adapt(
-    sae: SAE,
+    sae: SAE | StoredSAE,
     rows: Tensor,
-    budget: int,
+    budget: float,
     *,
     target: Tensor | None = None,
     k_max: int | None = None,
@@ -64,23 +67,40 @@ def adapt(
 ) -> SAE:
     """`sae`, whatever its selection, with latents at a price: `budget` of them in the mean over `rows`.
 
-    Its weights are shared, not copied, and not trained. What a row may keep are its `k_max` largest positive
-    pre-activations, whatever the thresholds or the k of the SAE were.
+    It is not trained, and its weights are shared, not copied, but for what is folded into those of another codebase:
+    decoder norms, so that its latents are larger by these, and what its encoder subtracts. What a row may keep are its
+    `k_max` largest positive pre-activations, whatever the thresholds or the k of the SAE were.
 
     Args:
-        sae: any `SAE`; one of another codebase comes by `aksae convert`.
+        sae: any `SAE`, or what `aksae.formats.load` gave.
         rows, target: as in `calibrate`.
-        budget: mean number of latents of a row.
+        budget: mean number of latents of a row; the `budget` of the selection is this, rounded.
         k_max: candidates of a row; None for 4 budgets, or d_sae if that is less.
         passes: walks over the candidates.
 
+    Returns:
+        An `SAE` on the device and in the dtype of `sae`; one of another codebase in eval mode.
+
     Raises:
-        As `calibrate`, and UserError for a budget, a k_max or passes that `Priced` refuses.
+        As `calibrate`, and UserError for a budget, a k_max or passes that `Priced` refuses, and for an SAE of another
+        codebase that normalises each input, or adds a skip connection to an autoencoder.
     """
+    d_sae = sae.config.d_sae if isinstance(sae, SAE) else sae.d_sae
+    if not 0 < budget <= d_sae:
+        raise UserError(f"budget: got {budget}, needs a number above 0 and at most d_sae = {d_sae}")
+    k_max = min(math.ceil(4 * budget), d_sae) if k_max is None else k_max
+    selection = Priced(max(1, round(budget)), k_max, passes, passes)
+    if isinstance(sae, SAE):
+        config, weights = dataclasses.replace(sae.config, selection=selection), dict(sae.named_parameters())
+    else:
+        try:
+            config, weights = as_sae(sae, selection)
+        except UserError as error:
+            raise UserError(f"sae: {error}") from error
     with torch.device("meta"):
-        priced = SAE(dataclasses.replace(sae.config, selection=Priced(budget, k_max, passes, passes)))
-    weights = {name: tensor for name, tensor in sae.named_parameters() if name in dict(priced.named_parameters())}
+        priced = SAE(config)
+    weights = {name: weights[name] for name, _ in priced.named_parameters()}
     weights["price"] = torch.zeros((), device=sae.W_dec.device)
     priced.load_state_dict(weights, assign=True)
-    calibrate(priced, rows, target=target)
-    return priced.train(sae.training)
+    calibrate(priced, rows, budget, target=target)
+    return priced.train(isinstance(sae, SAE) and sae.training)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import selections
 from ..config import SAEConfig, from_dict, to_dict, validate_sae
 from ..files import CONFIG, WEIGHTS
 from ..probe import ComplexityProbe
-from .folding import Needs, exactly
+from .folding import Needs, exactly, fit
 from .reading import Tensors
-from .stored import Activation, AdaptiveK, JumpReLU, StoredSAE, TopK
+from .stored import Activation, AdaptiveK, JumpReLU, ReLU, StoredSAE, TopK
+
+# Rows of a decoder that was kept at unit norm differ from it by their rounding, in 16 bits by as much as this.
+_UNIT = 0.01
 
 
 def unpack(files: dict[str, Any]) -> StoredSAE:
@@ -80,6 +85,39 @@ def pack(sae: StoredSAE) -> dict[str, Any]:
     config = SAEConfig(sae.d_in, sae.d_sae, selection)
     validate_sae(config)
     return {CONFIG: to_dict(config), WEIGHTS: tensors}
+
+
+def without_rule(sae: StoredSAE) -> StoredSAE:
+    """The same SAE as an `aksae.SAE` computes it, with every positive score a latent: its own rule is left out.
+
+    Decoder rows get unit norm, and scores the norms that they had, so that the largest scores are those of the latents
+    that add most to the output. Scales stay, and a tensor that nothing is folded into is the given one.
+
+    Raises UserError with the reason for what an `aksae.SAE` does not compute: a normalisation of each input, or an
+    autoencoder's skip connection.
+    """
+    bare = replace(sae, activation=ReLU(), input_scale=1.0, output_scale=1.0)
+    norm = torch.linalg.vector_norm(sae.W_dec, dim=-1, dtype=torch.promote_types(sae.W_dec.dtype, torch.float32))
+    if bare.decoder_norm == "none" and (norm - 1).abs().max() > _UNIT:
+        bare = replace(bare, decoder_norm="selection")
+    needs = Needs((ReLU,), not sae.transcoder, transcoder=sae.transcoder, skip=sae.transcoder, d_out=True)
+    bare = fit(bare, needs)
+    return replace(bare, input_scale=sae.input_scale, output_scale=sae.output_scale)
+
+
+def as_sae(sae: StoredSAE, selection: selections.Selection) -> tuple[SAEConfig, dict[str, Tensor]]:
+    """Config and weights of the `aksae.SAE` with the latents of `sae` that chooses them by `selection`.
+
+    Tensors are contiguous, and shared with `sae` where nothing is folded. Raises as `without_rule`.
+    """
+    sae = without_rule(sae)
+    d_out = sae.W_dec.shape[1] if sae.transcoder else None
+    skip, scales = sae.W_skip is not None, (sae.input_scale, sae.output_scale)
+    weights = {name: getattr(sae, name).contiguous() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    if sae.W_skip is not None:
+        # It reads scaled activations there, and what it adds is scaled back.
+        weights["W_skip"] = (sae.W_skip * (sae.output_scale / sae.input_scale)).contiguous()
+    return SAEConfig(sae.d_in, sae.d_sae, selection, d_out, skip, *scales), weights
 
 
 def probe_tensors(sae: StoredSAE) -> dict[str, Tensor]:
