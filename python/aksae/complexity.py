@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
+from .activations import LOSS_TOKENS, LanguageModel
 from .config import LabelConfig, label_file
 from .errors import UserError
 from .rubric import SCORE_MAX
 from .text import ContextSet, normalised, read_rows
 
-if TYPE_CHECKING:
-    from .activations import LanguageModel
-
 SURPRISAL_RANGE = (1.0, 6.0)
 """Mean losses in nats per token that `surprisal` maps to 0 and 10."""
-
-# Logits are tokens x vocabulary: a bound on the tokens keeps a batch near 200 MB for a vocabulary of 50,000.
-_SURPRISAL_BATCH_TOKENS = 1024
 
 
 def score_contexts(
@@ -71,7 +65,7 @@ def _surprisal(contexts: ContextSet, model: LanguageModel | None, progress: bool
     losses = np.empty(len(contexts), np.float32)
     tokens = contexts.attention_mask.sum(axis=1)
     with tqdm(total=int(tokens.sum()), desc="surprisal labels", unit="token", disable=not progress) as bar:
-        size = max(1, _SURPRISAL_BATCH_TOKENS // contexts.input_ids.shape[1])
+        size = max(1, LOSS_TOKENS // contexts.input_ids.shape[1])
         for start in range(0, len(contexts), size):
             batch = slice(start, start + size)
             losses[batch] = model.token_losses(contexts.input_ids[batch], contexts.attention_mask[batch]).cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -77,6 +77,36 @@ def read_sites(modules: dict[Site, nn.Module], forward: Callable[[], object]) ->
             return found
     missed = next(site for site in modules if site not in found)
     raise RuntimeError(f"{missed} was not passed")
+
+
+@contextmanager
+def replaced_sites(
+    modules: Mapping[Site, nn.Module], changes: Mapping[Site, Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """In forwards inside, what passes each site is what its change makes of it. `modules` as in `read_sites`."""
+
+    def changed(site: Site, value):
+        """`value` with its hidden states, which it is or begins with, changed."""
+        hidden = hidden_states(value)
+        if hidden is None:
+            raise UserError(f"site: got no hidden states at {site}, needs a tensor [n, L, D]")
+        new = changes[site](hidden)
+        return new if hidden is value else (new, *value[1:])
+
+    def before(site: Site, args, kwargs):
+        if args:
+            return changed(site, args), kwargs
+        return args, {**kwargs, "hidden_states": changed(site, kwargs.get("hidden_states"))}
+
+    def hooked(site: Site, module: nn.Module):
+        if site.hook == "resid_pre":
+            return module.register_forward_pre_hook(
+                lambda module, args, kwargs: before(site, args, kwargs), with_kwargs=True
+            )
+        return module.register_forward_hook(lambda module, args, output: changed(site, output))
+
+    with _hooks(hooked(site, module) for site, module in modules.items()):
+        yield
 
 
 def find_module(block: nn.Module, hook: Hook, name: str, forward: Callable[[], object]) -> nn.Module:
