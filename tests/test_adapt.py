@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import random
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from aksae import Priced, UserError, adapt, formats
+from aksae import SAE, BatchTopK, FitConfig, ModelConfig, Priced, SAEConfig, TextConfig, UserError, adapt, fit, formats
+from aksae import TopK as TopKSelection
+from aksae.adaptation import adapt_file
 from aksae.formats.stored import JumpReLU, ReLU, StoredSAE, TopK
+from command_line import call, fails
+from language_models import VOCABULARY, WIDTH
 from test_formats import D_SAE, SAMPLES, X, close, place, put, randn
 from test_priced import D, rows
 
@@ -93,7 +100,7 @@ def test_scales_stay_and_16_bits_too():
 
 def test_an_autoencoder_that_skips_is_refused():
     sae = made(torch.ones(64), ReLU(), W_skip=torch.eye(D))
-    with pytest.raises(UserError, match="^sae: got a skip connection, needs an SAE without"):
+    with pytest.raises(UserError, match=r"^sae: got a skip connection"):
         adapt(sae, rows(8), 3)
 
 
@@ -101,5 +108,168 @@ def test_an_autoencoder_that_skips_is_refused():
 def test_budgets_that_no_row_can_have(tmp_path, budget):
     example = SAMPLES["native_topk"]()
     sae = formats.load(put(place(tmp_path, example.format), example.files))
-    with pytest.raises(UserError, match=f"^budget: got {budget}, needs .* d_sae = {D_SAE}"):
+    with pytest.raises(UserError, match=rf"^budget: got {budget}, needs .* d_sae = {D_SAE}"):
         adapt(sae, X, budget)
+
+
+# -------------------------------------------------------------------------------------------------- the command
+
+F_SAE, TOKENS = 64, 20
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """120 documents of 20 words each, one context a document."""
+    path = tmp_path_factory.mktemp("text") / "documents.txt"
+    draw = random.Random(0)
+    words = [f"w{i}" for i in range(1, VOCABULARY)]
+    path.write_text("\n\f\n".join(" ".join(draw.choices(words, k=TOKENS)) for _ in range(120)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(saved, text, tmp_path_factory):
+    """Model and text."""
+    return {
+        "model.name": saved("llama"),
+        "model.layer": 1,
+        "model.device": "cpu",
+        "text.source": text,
+        "text.context-length": TOKENS,
+        "text.heldout-fraction": 0.25,
+        "cache": tmp_path_factory.mktemp("cache"),
+    }
+
+
+@pytest.fixture(scope="module")
+def settings(source):
+    """The same for Python."""
+    model = ModelConfig(str(source["model.name"]), 1, device="cpu")
+    text = TextConfig(str(source["text.source"]), context_length=TOKENS, heldout_fraction=0.25)
+    return {"model": model, "text": text, "cache": source["cache"]}
+
+
+@pytest.fixture(scope="module")
+def activations(settings):
+    """Rows that were calibrated on, and those held out."""
+    from aksae.data import collect_contexts, read_corpus
+
+    corpus = read_corpus(settings["model"], settings["text"], None, settings["cache"])
+    stores = [
+        collect_contexts(corpus.model, side, settings["cache"], batch_size=8) for side in (corpus.train, corpus.heldout)
+    ]
+    return [store.rows(torch.arange(len(store))) for store in stores]
+
+
+def trained(selection, activations) -> SAE:
+    sae = SAE(SAEConfig(WIDTH, F_SAE, selection), generator=torch.Generator().manual_seed(0))
+    fit(sae, [activations[0]], FitConfig(100, lr=3e-3, device="cpu", normalize="mean-norm"))
+    return sae
+
+
+@pytest.fixture(scope="module")
+def folder(activations, tmp_path_factory):
+    """A TopK SAE of dictionary_learning."""
+    path = tmp_path_factory.mktemp("saes") / "topk"
+    formats.save(trained(TopKSelection(6), activations), path, "dictionary_learning")
+    return path
+
+
+def test_the_command_prints_a_table_and_writes_the_sae(source, folder, settings, activations, tmp_path, capsys):
+    out = tmp_path / "adapted"
+    assert call("adapt", folder, **source, budget=4, out=out) == 0
+    shown = capsys.readouterr().out
+    assert f"SAE (TopK, k = 6; {F_SAE} latents of {WIDTH} inputs)" in shown
+    assert "1,710 tokens set the prices, 570 held-out tokens judge" in shown
+    table = [re.split(r"  +", line) for line in shown.splitlines() if line.startswith(("by its", "at a price"))]
+    assert [row[0] for row in table] == [
+        "by its own rule", "at a price, the same L0", "at a price, the budget", "at a price, half the L0",
+    ]  # fmt: skip
+    l0, fvu = ([float(row[column]) for row in table] for column in (1, 2))
+    assert l0[0] == 6
+    for got, wanted in zip(l0[1:], (6, 4, 3), strict=True):
+        assert abs(got / wanted - 1) < 0.05
+    assert fvu[1] < 0.95 * fvu[0]
+    assert fvu[1] < fvu[2] < fvu[3]
+    assert sorted(os.listdir(out)) == ["config.json", "sae.safetensors"]
+
+    # The same from Python, without any of the command's own code.
+    calibrating, heldout = activations
+    sae = SAE.from_pretrained(out)
+    assert sae.config.selection == Priced(4, 16, 2)
+    ours = adapt(formats.load(folder), calibrating, 4)
+    torch.testing.assert_close(sae.price, ours.price)
+    variance = (heldout - heldout.mean(0)).square().sum()
+    for index, each in ((0, formats.load(folder)), (2, sae)):
+        with torch.no_grad():
+            assert fvu[index] == pytest.approx(float((each(heldout) - heldout).square().sum() / variance), abs=1e-4)
+
+
+def test_without_a_budget_it_is_the_saes_own_l0(folder, settings, activations):
+    result = adapt_file(folder, **settings)
+    assert list(result.metrics) == list(result.cross_entropy.spliced) == ["own", "same L0", "half L0"]
+    assert result.sae.config.selection.budget == 6
+    assert (result.calibrated, result.heldout) == tuple(map(len, activations))
+    losses = result.cross_entropy
+    assert losses.clean.shape == (30,)
+    for name in result.metrics:
+        assert losses.damage(name) == pytest.approx(float(losses.spliced[name].mean() - losses.clean.mean()))
+
+
+def test_an_sae_of_ours_keeps_its_own_rule(settings, activations, tmp_path):
+    sae = trained(BatchTopK(6, k_max=7), activations)
+    sae.save_pretrained(tmp_path)
+    result = adapt_file(tmp_path, **settings)
+    assert result.described.startswith(f"SAE ({sae.config.selection}; ")
+    codes = sae.encode(activations[1])
+    assert result.metrics["own"]["l0_mean"] == pytest.approx(float(codes.counts.float().mean()))
+    assert result.metrics["own"]["l0_max"] == 7
+
+
+def test_other_places_are_read_and_kept_apart(source, folder, activations, tmp_path, capsys):
+    stores = {}
+    for site in ("resid_pre", "mlp_out"):
+        assert call("adapt", folder, **source, site=site) == 0
+        shown = capsys.readouterr().out
+        stores[site] = re.search(r"cross-entropy .*", shown).group()
+    assert stores["resid_pre"] != stores["mlp_out"]
+
+
+def test_what_cannot_be_adapted_ends_in_one_line(source, folder, activations, tmp_path, monkeypatch, capsys):
+    from aksae.activations import LanguageModel
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("sae_lens_standard_with_layer_norm", "gemma_scope_2_skip_transcoder_of_another_width", "native_topk"):
+        example = SAMPLES[name]()
+        put(place(tmp_path, example.format, name), example.files)
+    silent = trained(TopKSelection(6), activations)
+    silent.b_enc.data.fill_(-1e3)
+    silent.save_pretrained("silent")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    fails(
+        capsys, f"native_topk: got an SAE of 12 inputs, needs {WIDTH}, the width of ", "adapt", "native_topk", **source
+    )
+    fails(
+        capsys,
+        "silent: got an SAE of which no latent is active at .*, layer 1, .*; needs the model, the layer and the place",
+        "adapt", "silent", **source,
+    )  # fmt: skip
+    # Without the model.
+    monkeypatch.setattr(LanguageModel, "load", lambda *args, **options: pytest.fail("loaded the model"))
+    layer_norm, transcoder = "sae_lens_standard_with_layer_norm", "gemma_scope_2_skip_transcoder_of_another_width"
+    for message, file, options in (
+        ("layer_norm: got the input normalisation layer_norm, needs none", layer_norm, {}),
+        (r"got a transcoder, .* needs an autoencoder; .*target=\.\.\.", transcoder, {}),
+        (f"budget: got 0, needs a number from 1 to d_sae = {F_SAE}", folder, {"budget": 0}),
+        (f"budget: got 65, needs a number from 1 to d_sae = {F_SAE}", folder, {"budget": 65}),
+        ("out: got full, which holds files, needs a new or empty folder", folder, {"out": "full"}),
+        ("nowhere", "nowhere", {}),
+        ("model.layer: got -1", folder, {"model.layer": -1}),
+    ):
+        fails(capsys, message, "adapt", file, **{**source, **options})
+
+
+def test_a_model_that_predicts_nothing_is_refused(source, saved, folder, capsys):
+    options = {**source, "model.name": saved("bert")}
+    fails(capsys, "predicts no next token, surprisal and cross-entropy need", "adapt", folder, **options)

@@ -111,7 +111,7 @@ def test_what_has_no_cross_entropy(load):
         UserError, match="predicts no next token, surprisal and cross-entropy need a causal language model"
     ):
         cross_entropy(load("bert"), contexts, Site(1), {}, mean=MEAN)
-    with pytest.raises(UserError, match="model.layer: got 3, needs 0 to 2"):
+    with pytest.raises(UserError, match=r"model\.layer: got 3, needs 0 to 2"):
         cross_entropy(load("llama"), contexts, Site(3), {}, mean=MEAN)
     with pytest.raises(UserError, match="contexts: got none"):
         cross_entropy(load("llama"), Contexts(*np.zeros((3, 0, 4), bool)), Site(1), {}, mean=MEAN)

@@ -259,7 +259,8 @@ class LanguageModel:
         """Raise UserError where the model has no losses of next tokens."""
         if not self.predicts:
             raise UserError(
-                f"model.name: {self.name} predicts no next token, surprisal and cross-entropy need a causal language model"
+                f"model.name: {self.name} predicts no next token, surprisal and cross-entropy need a causal language "
+                "model"
             )
 
     def check_length(self, context_length: int) -> None:

@@ -1,4 +1,4 @@
-"""The command `aksae`: label, collect, train, eval, report, convert."""
+"""The command `aksae`: label, collect, train, eval, report, convert, adapt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from .collect import StoredDtype
 from .config import LabelConfig, ModelConfig, ProbeReads, TextConfig, TrainConfig, cache_folder, validate_inputs
@@ -24,6 +24,9 @@ try:
     import tyro
 except ModuleNotFoundError as error:
     raise missing_module(error) from None
+
+if TYPE_CHECKING:
+    from .adaptation import Adaptation
 
 _COLUMNS = {
     "fvu": "FVU",
@@ -44,6 +47,12 @@ _MODELS = {
     "batch-topk": "BatchTopK",
     "jumprelu": "JumpReLU",
     "matryoshka": "Matryoshka",
+}
+_ADAPTED = {
+    "own": "by its own rule",
+    "same L0": "at a price, the same L0",
+    "budget": "at a price, the budget",
+    "half L0": "at a price, half the L0",
 }
 _REFUSALS = (
     errno.ENOSPC,
@@ -91,6 +100,7 @@ def _status(arguments: Sequence[str] | None) -> int:
         "eval": evaluate,
         "report": report,
         "convert": convert,
+        "adapt": adapt,
     }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="aksae", description=__doc__, args=arguments)
@@ -301,6 +311,39 @@ def convert(
     print(done)
 
 
+def adapt(
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")],
+    model: ModelConfig,
+    text: TextConfig,
+    budget: int | None = None,
+    out: Path | None = None,
+    site: Hook = "resid_post",
+    source_format: Annotated[Format | None, tyro.conf.arg(name="from")] = None,
+    cache: Path | None = None,
+) -> None:
+    """Give an SAE that is there latents at a price, and say what that gains at equal L0.
+
+    Nothing is trained. The price is set on the train side of the text; everything is measured on the held-out one.
+
+    Args:
+        file: an SAE of any project that `aksae convert` reads: a folder, a file, or on the Hugging Face hub
+            owner/name[@revision][/folder or file].
+        budget: mean number of latents of a token; None for as many as the SAE keeps by its own rule.
+        out: new folder for the SAE at the budget, as SAE.from_pretrained reads it; None writes none.
+        site: place in block model.layer that the SAE is for: the residual stream after (resid_post) or before the block
+            (resid_pre), what its MLP (mlp_out) or its attention (attn_out) adds to it.
+        source_format: format of FILE; None where the names of its files or tensors tell.
+        cache: folder for converted models and activations; None for AKSAE_CACHE or ~/.cache/aksae.
+    """
+    from .adaptation import adapt_file
+
+    _print_adaptation(
+        adapt_file(file, model, text, budget=budget, out=out, hook=site, format=source_format, cache=cache)
+    )
+    if out is not None:
+        print(f"SAE: {out}")
+
+
 def _check_label_file(out: Path, overwrite: bool) -> None:
     """Raise UserError where `out` cannot be written, or must not be."""
     if out.suffix not in (".parquet", ".jsonl"):
@@ -318,8 +361,32 @@ def _print_table(evaluation: dict[str, Any]) -> None:
     lines = [["", *_COLUMNS.values()]]
     for name, metrics in evaluation["models"].items():
         lines.append([_MODELS[name], *(_cell(key, metrics[key]) for key in _COLUMNS)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print(f"\n{evaluation['rows']:,} held-out tokens")
+    _print_lines(lines)
+
+
+def _print_adaptation(result: Adaptation) -> None:
+    """What the SAE was and what it is at a price, one a line."""
+    losses = result.cross_entropy
+    lines = [["", "L0", "FVU", "CE damage", "recovered, mean abl.", "zero abl."]]
+    for name, metrics in result.metrics.items():
+        recovered = [f"{losses.recovered(name, ablation):.1%}" for ablation in ("mean", "zero")]
+        damage = f"{losses.damage(name):.4f}"
+        lines.append([_ADAPTED[name], f"{metrics['l0_mean']:.1f}", f"{metrics['fvu']:.4f}", damage, *recovered])
+    print(f"\n{result.described}")
+    for note in result.notes:
+        print(f"  {note}")
+    print(f"{result.calibrated:,} tokens set the prices, {result.heldout:,} held-out tokens judge")
+    print(
+        f"cross-entropy {losses.clean.mean():.4f}, {losses.mean_ablated.mean():.4f} with the mean in place of the "
+        f"activations, {losses.zero_ablated.mean():.4f} with zeros"
+    )
+    _print_lines(lines)
+
+
+def _print_lines(lines: list[list[str]]) -> None:
+    """Cells in columns, the first of which stands left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *others in lines:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
         print("  ".join(cells).rstrip())

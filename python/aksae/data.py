@@ -145,9 +145,13 @@ def collect_activations(corpus: Corpus, scores: Scores, cache: Path, *, batch_si
     return Data(train=splits[0], heldout=splits[1], tokenizer=corpus.model.tokenizer)
 
 
-def collect_contexts(model: LanguageModel, contexts: ContextSet, cache: Path, *, batch_size: int) -> Activations:
-    """The residual stream after the model's layer at the loss tokens of contexts, kept under `cache`."""
-    site, folder = Site(model.layer), cache / "activations" / context_key(contexts, digest_of_json(model.identity))
+def collect_contexts(
+    model: LanguageModel, contexts: ContextSet, cache: Path, *, batch_size: int, site: Site | None = None
+) -> Activations:
+    """What passes a site at the loss tokens of contexts, kept under `cache`; None for the residual stream after the
+    model's layer."""
+    site = Site(model.layer) if site is None else site
+    folder = cache / "activations" / context_key(contexts, digest_of_json(model.identity_at(site)))
     return collect(model, contexts, {site: folder}, batch_size=batch_size)[site]
 
 

@@ -24,16 +24,13 @@ from .fit import fit
 from .identity import require_same
 from .metrics import ReconstructionMetrics
 from .mixing import Block, MixedBatches
-from .pricing import calibrate
+from .pricing import CALIBRATED, calibrate
 from .reading import Activations, open_activations
 from .runs import TrainResult, check_output, fit_config, seeded, start_run
 from .sae import SAE
 from .selections import Priced
 from .shards import blocks_of
 from .streaming import forward_blocks, stream_activations
-
-_CALIBRATED = 16_384
-"""Rows held out by which the price of latents is set: the mean of as many is good to some 0.3 %."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ def _train(config: TrainConfig, device: torch.device, resume: bool) -> TrainResu
     callbacks = [JsonLines(config.output / LOG, model=name), Progress(name)]
     fit(sae, rows.batches, fit_config(config, name, resume=resume, normalize="mean-norm"), callbacks)
     if isinstance(sae.config.selection, Priced):
-        calibrate(sae, _first_rows(rows.heldout, _CALIBRATED))
+        calibrate(sae, _first_rows(rows.heldout, CALIBRATED))
         on_rank_0(lambda: sae.save_pretrained(config.output / name))
     evaluation = _evaluate(sae, rows, config, device)
     on_rank_0(lambda: write_evaluation(config.output, evaluation))
