@@ -211,7 +211,8 @@ def test_without_a_budget_it_is_the_saes_own_l0(folder, settings, activations):
     assert result.sae.config.selection.budget == 6
     assert (result.calibrated, result.heldout) == tuple(map(len, activations))
     losses = result.cross_entropy
-    assert losses.clean.shape == (30,)
+    assert losses.clean.shape == result.document.shape == (30,)
+    assert len(result.document.unique()) == 30
     for name in result.metrics:
         assert losses.damage(name) == pytest.approx(float(losses.spliced[name].mean() - losses.clean.mean()))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from aksae_kernels import frozen
 
@@ -47,6 +48,8 @@ class Adaptation:
     """`ReconstructionMetrics` of `own`, `same L0`, `budget`, if there was one, and `half L0`."""
     cross_entropy: CrossEntropy
     """The language model's, with the reconstructions of each of these spliced in."""
+    document: Tensor
+    """`[N]` int64, the document of each of its contexts."""
 
 
 def adapt_file(
@@ -119,7 +122,8 @@ def adapt_file(
     assert isinstance(priced, SAE)
     if out is not None:
         priced.save_pretrained(out)
-    return Adaptation(priced, _described(stored, own), bare.notes, len(rows), len(heldout), metrics, losses)
+    document = torch.from_numpy(corpus.heldout.document).long()
+    return Adaptation(priced, _described(stored, own), bare.notes, len(rows), len(heldout), metrics, losses, document)
 
 
 def _read(file: str | Path, format: Format | None) -> tuple[StoredSAE, SAE | StoredSAE, StoredSAE]:
