@@ -65,8 +65,8 @@ def adapt_file(
 ) -> Adaptation:
     """Give the SAE of a file latents at a price, and compare it with what it was at equal L0.
 
-    The text is new to the SAE, on both sides: prices are set on the first `CALIBRATED` tokens of its train side, and
-    everything is measured on the held-out one. Weights are taken to fp32.
+    Prices are set on the first `CALIBRATED` tokens of the text's train side, and everything is measured on the held-out
+    one. Take text that the SAE was not trained on: both sides are then as new to it. Weights are taken to fp32.
 
     Args:
         file: an SAE as `aksae.formats.load` takes it. An autoencoder: of a transcoder two activations are needed, and
@@ -122,8 +122,17 @@ def adapt_file(
     assert isinstance(priced, SAE)
     if out is not None:
         priced.save_pretrained(out)
-    document = torch.from_numpy(corpus.heldout.document).long()
-    return Adaptation(priced, _described(stored, own), bare.notes, len(rows), len(heldout), metrics, losses, document)
+    return Adaptation(
+        sae=priced,
+        described=_described(stored, own),
+        # An SAE of ours is run as it is, whatever a StoredSAE leaves out of it.
+        notes=bare.notes[len(stored.notes) :] if isinstance(own, SAE) else bare.notes,
+        calibrated=len(rows),
+        heldout=len(heldout),
+        metrics=metrics,
+        cross_entropy=losses,
+        document=torch.from_numpy(corpus.heldout.document).long(),
+    )
 
 
 def _read(file: str | Path, format: Format | None) -> tuple[StoredSAE, SAE | StoredSAE, StoredSAE]:
