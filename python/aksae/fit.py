@@ -32,7 +32,6 @@ from .files import check_pickle
 from .learner import Learner
 from .losses import SAELoss
 from .sae import SAE
-from .selections import Priced
 
 __all__ = ["FitConfig", "FitResult", "fit"]
 
@@ -288,7 +287,7 @@ def _check(config: FitConfig, saes: Sequence[SAE]) -> None:
         if config.k_start is None:
             continue
         # Rows that decide alone have codes no wider than their largest k, or their candidates.
-        alone = selection.mean_k() is None or isinstance(selection, Priced)
+        alone = selection.mean_k() is None or selection.calibrated
         most = sae.k_bound if alone else sae.config.d_sae
         if not 1 <= config.k_start <= most:
             raise UserError(f"k_start: got {config.k_start} for {selection}, needs a number from 1 to {most}")

@@ -1,4 +1,4 @@
-"""A price for the latents of an SAE that is there."""
+"""The mean number of latents of an SAE that is there: calibrated, or at a price."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import math
 
 import torch
 from torch import Tensor
-
-from aksae_kernels import price_for
 
 from .errors import UserError
 from .formats.native import as_sae
@@ -23,40 +21,35 @@ CALIBRATED = 16_384
 def calibrate(
     sae: SAE, rows: Tensor, budget: float | None = None, *, target: Tensor | None = None, batch_size: int = 4096
 ) -> float:
-    """Set the price of a `Priced` SAE so that `rows` keep `budget` latents in the mean, and return it.
+    """Let `rows` keep `budget` latents in the mean: set, and return, a `Priced` SAE's price or a `Need` SAE's bias.
 
     Take rows that were not trained on: the error of those that were is smaller, so that fewer latents pay, and the same
-    price gives other rows 10 % more. A few thousand give the mean to half a percent. Several
-    budgets of one SAE are several prices of it.
+    price gives other rows 10 % more. A few thousand give the mean to half a percent. Several budgets of one SAE are
+    several prices, or biases, of it.
 
     Args:
-        sae: its price is set in place, in the units of training.
-        rows: `[N, D]`, as `SAE.encode` takes them, on any device. Their candidates are held in memory together.
+        sae: its price or bias is set in place, in the units of training.
+        rows: `[N, D]`, as `SAE.encode` takes them, on any device. Candidates of a `Priced` SAE are held in memory
+            together.
         budget: None for the selection's own.
-        target: `[N, D_out]`, for a transcoder.
+        target: `[N, D_out]`, for a transcoder; a `Need` SAE needs none.
         batch_size: rows encoded at a time.
 
     Raises:
-        UserError: another selection, no rows, or a budget that is not between 0 and the candidates of a row.
-        ValueError: a transcoder without a target.
+        UserError: another selection, no rows, or a budget that no row can have: above 0 and at most the candidates of a
+            row (`Priced`), from k_min to k_max (`Need`).
+        ValueError: a transcoder with latents at a price, without a target.
     """
     selection = sae.config.selection
-    if not isinstance(selection, Priced):
-        raise UserError(f"sae: got {selection}, needs latents at a price: aksae.adapt gives them to any SAE")
-    budget = selection.budget if budget is None else budget
-    if not 0 < budget <= sae.width():
-        raise UserError(f"budget: got {budget}, needs a number above 0 and at most {sae.width()}, a row's candidates")
     if len(rows) == 0:
-        raise UserError("rows: got none, needs at least one to find a price")
+        raise UserError("rows: got none, needs at least one to take the mean over")
     targets = [None] * len(rows.split(batch_size)) if target is None else target.split(batch_size)
-    parts = []
-    with torch.no_grad():
-        for x, y in zip(rows.split(batch_size), targets, strict=True):
-            x, y = (part if part is None else part.to(sae.W_dec.device, sae.W_dec.dtype) for part in (x, y))
-            parts.append((sae.encoder(x).topk(sae.width()), sae.wanted(x, y)))
-        price = price_for(parts, sae.W_dec, sae.b_dec, budget, selection.walks(training=False))
-        sae.price.copy_(price)
-    return float(price)
+    like = sae.W_dec
+    batches = (
+        (x.to(like.device, like.dtype), None if y is None else y.to(like.device, like.dtype))
+        for x, y in zip(rows.split(batch_size), targets, strict=True)
+    )
+    return float(selection.calibrate(sae, batches, selection.mean_k() if budget is None else budget))
 
 
 def adapt(

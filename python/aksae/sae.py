@@ -14,7 +14,7 @@ from aksae_kernels import SparseCodes, sparse_decode, topk_encode
 from .config import SAEConfig, from_dict, to_dict, validate_sae
 from .errors import UserError
 from .files import CONFIG, load_checkpoint, read_json, save_checkpoint
-from .selections import AdaptiveK, Encoder, TopK
+from .selections import Encoder
 
 
 class SAE(nn.Module):
@@ -80,14 +80,7 @@ class SAE(nn.Module):
     @torch.no_grad()
     def k_for(self, x: Tensor) -> Tensor:
         """k of each vector of `x [..., D]`, `[...]` int32. UserError for a selection that is not by a k of each row."""
-        selection = self.config.selection
-        if isinstance(selection, AdaptiveK):
-            return selection.k_for(self, x)
-        if isinstance(selection, TopK):
-            return torch.full(x.shape[:-1], selection.k, dtype=torch.int32, device=x.device)
-        raise UserError(
-            f"selection: got {selection}, needs TopK or AdaptiveK: it gives no row a k before it is encoded"
-        )
+        return self.config.selection.k_for(self, x)
 
     def encode(
         self, x: Tensor, k: int | Tensor | None = None, *, k_max: int | None = None, target: Tensor | None = None

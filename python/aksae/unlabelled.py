@@ -28,7 +28,6 @@ from .pricing import CALIBRATED, calibrate
 from .reading import Activations, open_activations
 from .runs import TrainResult, check_output, fit_config, seeded, start_run
 from .sae import SAE
-from .selections import Priced
 from .shards import blocks_of
 from .streaming import forward_blocks, stream_activations
 
@@ -95,7 +94,7 @@ def _train(config: TrainConfig, device: torch.device, resume: bool) -> TrainResu
     sae = SAE(SAEConfig(rows.d_in, config.d_sae, selection_for(config)), generator=seeded(config))
     callbacks = [JsonLines(config.output / LOG, model=name), Progress(name)]
     fit(sae, rows.batches, fit_config(config, name, resume=resume, normalize="mean-norm"), callbacks)
-    if isinstance(sae.config.selection, Priced):
+    if sae.config.selection.calibrated:
         calibrate(sae, _first_rows(rows.heldout, CALIBRATED))
         on_rank_0(lambda: sae.save_pretrained(config.output / name))
     evaluation = _evaluate(sae, rows, config, device)

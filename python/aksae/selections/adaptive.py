@@ -54,7 +54,6 @@ class AdaptiveK(Selection):
 
     @torch.no_grad()
     def k_for(self, sae: SAE, x: Tensor) -> Tensor:
-        """k of each vector of `x [..., D]`, `[...]` int32."""
         return self.k_map(sae.probe(x))
 
     def encode(self, sae: SAE, x: Tensor, encoder: Encoder, wanted: Tensor | None) -> SparseCodes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -47,6 +48,7 @@ class Priced(Selection):
     rate: float = 1.0
     """How fast the price follows L0."""
     exact: ClassVar[tuple[str, ...]] = ("price",)
+    calibrated: ClassVar[bool] = True
 
     def check(self, d_sae: int) -> None:
         at_least("budget", self.budget, 1, d_sae)
@@ -104,6 +106,17 @@ class Priced(Selection):
             return
         l0 = global_sum(codes.counts.sum()) / global_rows(codes.indices)
         sae.price.mul_((self.rate * (l0 / (self.budget if k is None else k) - 1)).exp())
+
+    @torch.no_grad()
+    def calibrate(self, sae: SAE, rows: Iterable[tuple[Tensor, Tensor | None]], budget: float) -> Tensor:
+        if not 0 < budget <= sae.width():
+            raise UserError(
+                f"budget: got {budget}, needs a number above 0 and at most {sae.width()}, a row's candidates"
+            )
+        parts = [(sae.encoder(x).topk(sae.width()), sae.wanted(x, target)) for x, target in rows]
+        price = price_for(parts, sae.W_dec, sae.b_dec, budget, self.walks(training=False))
+        sae.price.copy_(price)
+        return price
 
     def __str__(self) -> str:
         return f"Priced, L0 of {self.budget}"

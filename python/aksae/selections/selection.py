@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from aksae_kernels import SparseCodes, decode_mse, sparse_decode, topk_encode
@@ -53,6 +55,9 @@ class Selection:
     exact: ClassVar[tuple[str, ...]] = ()
     """Names of what `attach` registers that keeps its precision where weights have 16 bits: what changes by little in
     many steps."""
+    calibrated: ClassVar[bool] = False
+    """Whether rows have latents of their own number, whose mean a constant sets that `calibrate` finds: codes are no
+    wider than `width`, whatever the mean that is asked for."""
 
     def check(self, d_sae: int) -> None:
         """Raise UserError, naming the field, what it got and what it needs, where an SAE of `d_sae` cannot have it."""
@@ -81,6 +86,13 @@ class Selection:
         """Set what depends on the first batch of a training run; `wanted [B, D_out]` is what is to be reconstructed, in
         the units of training."""
 
+    @torch.no_grad()
+    def k_for(self, sae: SAE, x: Tensor) -> Tensor:
+        """k of each vector of `x [..., D]`, `[...]` int32, where it is known before the encode; UserError elsewhere."""
+        raise UserError(
+            f"selection: got {self}, needs TopK, AdaptiveK or Need: it gives no row a k before it is encoded"
+        )
+
     def encode(self, sae: SAE, x: Tensor, encoder: Encoder, wanted: Tensor | None) -> SparseCodes:
         """The codes at inference. `x` is what the SAE was given, as it was given, `wanted [..., D_out]` what is to be
         reconstructed, in the units of training; None for a transcoder that was not told."""
@@ -100,6 +112,13 @@ class Selection:
 
     def after_step(self, sae: SAE, codes: SparseCodes, k: int | Tensor | None) -> None:
         """Take in the codes of a training step and the `k` it had, after it. Nothing may wait for an accelerator."""
+
+    def calibrate(self, sae: SAE, rows: Iterable[tuple[Tensor, Tensor | None]], budget: float) -> Tensor:
+        """Set the constant at which rows, in batches of `x [B, D]` and a transcoder's `target [B, D_out]` or None, keep
+        `budget` latents in the mean, and return it: `[]`. UserError for a budget out of range."""
+        raise UserError(
+            f"sae: got {self}, needs a selection whose rows differ in L0, Priced or Need; aksae.adapt makes any SAE one"
+        )
 
     def __str__(self) -> str:
         raise NotImplementedError

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from aksae_kernels import SparseCodes
@@ -29,6 +30,9 @@ class TopK(Selection):
 
     def mean_k(self) -> float:
         return self.k
+
+    def k_for(self, sae: SAE, x: Tensor) -> Tensor:
+        return torch.full(x.shape[:-1], self.k, dtype=torch.int32, device=x.device)
 
     def encode(self, sae: SAE, x: Tensor, encoder: Encoder, wanted: Tensor | None) -> SparseCodes:
         return encoder.topk(self.k)
