@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,11 +42,23 @@ def price_for(
         raise ValueError("parts must have at least one row to find a price, got none")
     norms = [torch.linalg.vector_norm(target, dim=-1).amax() for target in targets]
     n_rows = sum(codes.counts.numel() for codes, _ in parts)
-    high = 2 * torch.stack(norms).amax().to(acc_dtype(W_dec.dtype)).log()
+
+    def n_kept(price: Tensor) -> Tensor:
+        kept = [price_select(codes, W_dec, b_dec, wanted, price=price, passes=passes) for codes, wanted in parts]
+        return torch.stack([codes.counts.sum() for codes in kept]).sum()
+
+    return lowest_price(n_kept, budget * n_rows, torch.stack(norms).amax().to(acc_dtype(W_dec.dtype)).square())
+
+
+def lowest_price(n_kept: Callable[[Tensor], Tensor], at_most: float | Tensor, highest: Tensor) -> Tensor:
+    """The lowest price `[]`, to a millionth, at which `n_kept(price)`, which falls with it, is no more than `at_most`.
+
+    Found by bisection over nine decades below `highest []`, on the device, without synchronising.
+    """
+    high = highest.log()
     low = high - 9 * math.log(10)
     for _ in range(32):
         middle = (low + high) / 2
-        kept = [price_select(codes, W_dec, b_dec, wanted, price=middle.exp(), passes=passes) for codes, wanted in parts]
-        is_low = sum(codes.counts.sum() for codes in kept) > budget * n_rows
+        is_low = n_kept(middle.exp()) > at_most
         low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
     return high.exp()

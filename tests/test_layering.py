@@ -62,7 +62,7 @@ THIRD_PARTY = {"backends": {"triton"}}
 # Modules of integrations named after the package they import; they are imported only for an object of that package.
 HOSTS = {"dictionary_learning", "llamascopium", "overcomplete", "sae_lens", "sparsify"}
 # What aksae may import of aksae_kernels.
-OPEN_TO_TRAINING = {"aksae_kernels", "aksae_kernels.layers", "aksae_kernels.optim"}
+OPEN_TO_TRAINING = {"aksae_kernels", "aksae_kernels.layers", "aksae_kernels.optim", "aksae_kernels.pricing"}
 
 
 def sources(folder: Path) -> list[Path]:
