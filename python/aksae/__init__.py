@@ -17,7 +17,7 @@ try:
     from .pricing import adapt, calibrate
     from .reading import Activations, open_activations
     from .sae import SAE, AdaptiveKSAE
-    from .selections import AdaptiveK, BatchTopK, JumpReLU, Matryoshka, Priced, TopK
+    from .selections import AdaptiveK, BatchTopK, JumpReLU, Matryoshka, Need, Priced, TopK
     from .train import TrainResult, train
 except ModuleNotFoundError as error:
     raise missing_module(error) from None
@@ -35,6 +35,7 @@ __all__ = [
     "LabelConfig",
     "Matryoshka",
     "ModelConfig",
+    "Need",
     "Priced",
     "SAEConfig",
     "TextConfig",

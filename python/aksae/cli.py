@@ -43,6 +43,7 @@ _COLUMNS = {
 _MODELS = {
     "adaptivek": "AdaptiveK",
     "priced": "Priced",
+    "need": "Need",
     "topk": "TopK",
     "batch-topk": "BatchTopK",
     "jumprelu": "JumpReLU",

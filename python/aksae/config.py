@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .errors import UserError
 from .k_policy import KMap, as_plain_int
-from .selections import SELECTIONS, AdaptiveK, BatchTopK, JumpReLU, Matryoshka, Priced, Selection, TopK
+from .selections import SELECTIONS, AdaptiveK, BatchTopK, JumpReLU, Matryoshka, Need, Priced, Selection, TopK
 from .selections.adaptive import ProbeReads
 from .selections.selection import at_least
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="DataclassInstance")
 
-SelectionName = Literal["adaptivek", "priced", "topk", "batch-topk", "jumprelu", "matryoshka"]
+SelectionName = Literal["adaptivek", "priced", "need", "topk", "batch-topk", "jumprelu", "matryoshka"]
 SELECTION_NAMES: tuple[SelectionName, ...] = typing.get_args(SelectionName)
 """The selections by their names on the command line, which are those of their folders in a run."""
 BUNDLED_MODEL, BUNDLED_TEXT = "smollm2", "python-prose"
@@ -125,7 +125,7 @@ class SAEConfig:
     """F, number of latents."""
     selection: Selection = _ADAPTIVE_K
     """How a row's latents are chosen: `TopK(64)`, `BatchTopK(64)`, `JumpReLU()`, `Matryoshka(BatchTopK(64), prefixes)`,
-    `Priced(64)` or `AdaptiveK(KMap(), "last")`, the default."""
+    `Priced(64)`, `Need(64)` or `AdaptiveK(KMap(), "last")`, the default."""
     d_out: int | None = None
     """Width of what a transcoder reconstructs from its input; None for an autoencoder, which reconstructs the input."""
     skip: bool = False
@@ -200,9 +200,10 @@ class TrainConfig:
     selection: SelectionName = "adaptivek"
     """How latents are chosen. `adaptivek` needs labels, and trains a probe and a baseline; for the others no text is
     labelled, activations are scaled to a mean norm of sqrt(D), and `k` is the number of latents of a row. `priced`
-    keeps those that lower the error by more than a price, which is set by the first rows that are held out."""
+    keeps those that lower the error by more than a price, `need` as many as a probe of need gives a row; the price, or
+    the probe's bias, is set by the first rows that are held out."""
     k: int = 64
-    """Latents of a row: of each (topk), on average (priced, batch-topk, matryoshka), or what training aims at
+    """Latents of a row: of each (topk), on average (priced, need, batch-topk, matryoshka), or what training aims at
     (jumprelu)."""
     prefixes: tuple[int, ...] = ()
     """`matryoshka`: ascending numbers of latents, the last one d_sae; none for d_sae / 16, d_sae / 4 and d_sae."""
@@ -416,6 +417,8 @@ def selection_for(config: TrainConfig) -> Selection:
     """The selection that `config.selection` names, where that is not `adaptivek`."""
     if config.selection == "priced":
         return Priced(config.k)
+    if config.selection == "need":
+        return Need(config.k)
     if config.selection == "topk":
         return TopK(config.k)
     if config.selection == "batch-topk":

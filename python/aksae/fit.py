@@ -215,6 +215,7 @@ class Run:
                 "rows": self.rows,
                 "callbacks": [[type(callback).__name__, callback.state_dict()] for callback in self.callbacks],
                 "rng": rng_state(),
+                "recent": [learner.recent_rows() for learner in self.learners],
             }
         )
         learners = [learner.state_dict() for learner in self.learners]
@@ -249,6 +250,8 @@ class Run:
         own = state["processes"][rank()]
         self.step, self.rows = state["step"], own["rows"]
         self.stream.load_state_dict(own["batches"])
+        for learner, recent in zip(self.learners, own["recent"]):
+            learner.load_recent_rows(recent)
         # By their class, and in order within it: a run may go on with more of them, or fewer.
         left = own["callbacks"]
         for callback in self.callbacks:

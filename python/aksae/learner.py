@@ -15,7 +15,7 @@ from aksae_kernels.optim import SAEAdam
 
 from .batches import Batch, broken_rows
 from .config import FitConfig, SAEConfig, from_dict, to_dict
-from .distributed import from_rank_0, gathered, global_mean, global_rows, sum_gradients
+from .distributed import from_rank_0, gathered, global_mean, global_rows, sum_gradients, world_size
 from .errors import UserError
 from .losses import DeadLatents, SAELoss, sae_loss, spread
 from .sae import SAE
@@ -27,6 +27,8 @@ class Learner:
 
     def __init__(self, sae: SAE, config: FitConfig, device: torch.device):
         self.config, self.record = config, {}
+        self.recent: list[tuple[Tensor, Tensor | None]] = []
+        """Rows and targets of this process's last steps, where the selection is about to measure on them."""
         self.sae = sae.to(device)
         if config.weights is not None:
             sae.to_precision(getattr(torch, config.weights))
@@ -90,9 +92,26 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
+        self.measure(batches, step)
         if self.ema is not None:
             self.ema.update_parameters(sae)
         return loss
+
+    def measure(self, batches: Sequence[Batch], step: int) -> None:
+        """Keep the batches of a step for the selection, if the steps that are left until it measures would have too few
+        rows without them, and let it measure when its time has come."""
+        selection = self.sae.config.selection
+        measured_at, n_rows = selection.measures(self.config.steps)
+        due = next((after for after in measured_at if after > step), None)
+        if due is None:
+            return
+        # By this step's rows, since no others are known; no process asks how many those of another are.
+        if (due - step - 1) * world_size() * sum(len(batch.x) for batch in batches) < n_rows:
+            # A source may give the next batch in the same memory.
+            self.recent += [(b.x.clone(), None if b.target is None else b.target.clone()) for b in batches]
+        if step + 1 == due:
+            selection.measure(self.sae, self.recent)
+            self.recent.clear()
 
     def k(self, batch: Batch, step: int) -> int | Tensor | None:
         """The k of a step: each row's own, by the batch or the probe, or what `k_start` has fallen to; None for the
@@ -164,6 +183,14 @@ class Learner:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "record": self.record,
         }
+
+    def recent_rows(self) -> list[list[Tensor | None]]:
+        """What goes into a checkpoint of the rows that this process keeps, on the CPU."""
+        return [[None if part is None else part.cpu() for part in batch] for batch in self.recent]
+
+    def load_recent_rows(self, rows: list[list[Tensor | None]]) -> None:
+        device = self.sae.W_dec.device
+        self.recent = [(x.to(device), None if target is None else target.to(device)) for x, target in rows]
 
     def load_state_dict(self, state: dict[str, Any], name: str) -> None:
         """Go on from what `state_dict` gave. UserError, starting with `name`, for the state of another SAE."""

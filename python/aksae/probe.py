@@ -230,11 +230,11 @@ class _Moments:
         """Ridge weight `[D]` and bias `[]` in float64."""
         mean_x, mean_y = self.x / self.n, self.y / self.n
         gram = self.xx - self.n * torch.outer(mean_x, mean_x)
-        weight = _solve_psd(gram, self.xy - self.x * mean_y, lam)
+        weight = solve_psd(gram, self.xy - self.x * mean_y, lam)
         return weight, mean_y - (self.centre + mean_x) @ weight
 
 
-def _solve_psd(gram: Tensor, rhs: Tensor, lam: float) -> Tensor:
+def solve_psd(gram: Tensor, rhs: Tensor, lam: float) -> Tensor:
     """`(gram + lam I)^-1 rhs`; where that is singular up to rounding, 0 along the directions in which `gram` is 0."""
     noise = len(gram) * torch.finfo(gram.dtype).eps * gram.trace()
     system = gram.clone()

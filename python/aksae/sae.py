@@ -20,14 +20,15 @@ from .selections import Encoder
 class SAE(nn.Module):
     """`z = select(W_enc (s x - b_dec) + b_enc)`, `x_hat = (W_dec z + b_dec) / s`.
 
-    `select` is `config.selection`: TopK, BatchTopK, JumpReLU, Matryoshka or AdaptiveK; s is `config.input_scale`. A
-    transcoder (`config.d_out`) reconstructs something else than its input: it does not subtract `b_dec` from it,
-    divides by `config.output_scale`, and with `config.skip` adds `W_skip s x`.
+    `select` is `config.selection`: TopK, BatchTopK, JumpReLU, Matryoshka, AdaptiveK, Need or Priced; s is
+    `config.input_scale`. A transcoder (`config.d_out`) reconstructs something else than its input: it does not subtract
+    `b_dec` from it, divides by `config.output_scale`, and with `config.skip` adds `W_skip s x`.
 
     Parameters are latent-major: `W_enc [F, D]`, `W_dec [F, D_out]` (rows of unit norm), `b_enc [F]`, `b_dec [D_out]`,
-    `W_skip [D_out, D]`, and what the selection has of its own: `probe` (AdaptiveK), `threshold` (BatchTopK),
-    `log_threshold` (JumpReLU). The decoder starts with random directions, the encoder equal to it where it has the same
-    width, biases and `W_skip` at 0; see `start`.
+    `W_skip [D_out, D]`, and what the selection has of its own: `probe` (AdaptiveK), `log_threshold` (JumpReLU); it may
+    have buffers, too: `threshold` (BatchTopK), `need_weight` and `need_bias` (Need), `price` (Priced). The decoder
+    starts with random directions, the encoder equal to it where it has the same width, biases and `W_skip` at 0; see
+    `start`.
 
     `sae.eval()` is inference, where no row depends on its batch; a BatchTopK SAE in training mode shares its budget
     among the rows it is given. `aksae.fit` and `from_pretrained` leave an SAE in eval mode.

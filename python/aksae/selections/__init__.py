@@ -6,12 +6,13 @@ from .adaptive import AdaptiveK
 from .batch_topk import BatchTopK
 from .jumprelu import JumpReLU
 from .matryoshka import Matryoshka
+from .need import Need
 from .priced import Priced
 from .selection import Chosen, Encoder, Selection
 from .topk import TopK
 
 SELECTIONS: dict[str, type[Selection]] = {
-    cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU, Matryoshka, AdaptiveK, Priced)
+    cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU, Matryoshka, AdaptiveK, Need, Priced)
 }
 """By the name that a checkpoint knows them by."""
 
@@ -23,6 +24,7 @@ __all__ = [
     "Encoder",
     "JumpReLU",
     "Matryoshka",
+    "Need",
     "Priced",
     "Selection",
     "TopK",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -92,6 +92,16 @@ class Selection:
         raise UserError(
             f"selection: got {self}, needs TopK, AdaptiveK or Need: it gives no row a k before it is encoded"
         )
+
+    def measures(self, steps: int) -> tuple[Sequence[int], int]:
+        """After how many steps of a run of `steps` `measure` is called, ascending, and on how many rows of all
+        processes together: for selections that learn by other means than gradients."""
+        return (), 0
+
+    def measure(self, sae: SAE, rows: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """Learn from the rows of the last steps, batches of `x [B, D]` and a transcoder's `target [B, D_out]` or None:
+        whole steps, as many as have the rows asked for, or all since it was last called. Every process is called with
+        its own rows, and learns the same. It may wait for an accelerator."""
 
     def encode(self, sae: SAE, x: Tensor, encoder: Encoder, wanted: Tensor | None) -> SparseCodes:
         """The codes at inference. `x` is what the SAE was given, as it was given, `wanted [..., D_out]` what is to be
