@@ -24,6 +24,7 @@ from aksae import (
     JumpReLU,
     KMap,
     Matryoshka,
+    Need,
     Priced,
     SAEConfig,
     TopK,
@@ -47,6 +48,7 @@ SELECTIONS = {
     "Matryoshka": Matryoshka(BatchTopK(6), (16, 48, F)),
     "AdaptiveK": AdaptiveK(KMap(6, 6)),
     "Priced": Priced(6, k_max=16),
+    "Need": Need(6, measured_rows=4 * B),
 }
 every_selection = pytest.mark.parametrize("name", SELECTIONS)
 
@@ -161,8 +163,8 @@ def records_of(sae: SAE, given, **options) -> list[dict]:
 def test_the_budget_falls(name):
     records = records_of(make(SELECTIONS[name]), batches(), steps=21, k_start=16, k_steps=10)
     assert [record["k_mean"] for record in records] == [16, 11, 6, 6, 6]
-    # JumpReLU and a price are drawn to it, the others have it at once.
-    if name not in ("JumpReLU", "Priced"):
+    # JumpReLU and a price are drawn to it, the probe of need has it in the mean, the others have it at once.
+    if name not in ("JumpReLU", "Priced", "Need"):
         assert [record["l0"] for record in records] == [16, 11, 6, 6, 6]
 
 
@@ -432,12 +434,14 @@ def test_a_step_reads_nothing_from_the_device(name, monkeypatch):
 
     monkeypatch.setattr(DeadLatents, "may_be", lambda self: True)
     sae = make(SELECTIONS[name])
-    learner = Learner(sae, FitConfig(steps=5), torch.device("cpu"))
+    learner = Learner(sae, FitConfig(steps=20), torch.device("cpu"))
     from aksae.batches import Batch
 
     batch = Batch(batches()[0])
     learner.start([batch])
-    learner.update([batch], 0, False)
+    # Need is measured after the second of these; of the step that follows, rows are kept for when it is again.
+    for step in (0, 6):
+        learner.update([batch], step, False)
     import aksae_kernels.backends.native as native
     from aksae_kernels import ops
 
@@ -450,7 +454,7 @@ def test_a_step_reads_nothing_from_the_device(name, monkeypatch):
         patch.setattr(KMap, "__call__", unseen(KMap.__call__))
         patch.setattr(ops, "rows_of_price", unseen(ops.rows_of_price))
         with costs:
-            learner.update([batch], 1, False)
+            learner.update([batch], 7, False)
     assert not costs.reads
 
 
@@ -833,7 +837,7 @@ for name in sys.argv[2:]:
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-    names = ["TopK", "BatchTopK", "JumpReLU", "AdaptiveK"]
+    names = ["TopK", "BatchTopK", "JumpReLU", "AdaptiveK", "Need"]
     launch(2, SHARES, str(tmp_path), *names)
     for name in names:
         (weights, records), (others, nothing) = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from aksae import SAE, AdaptiveK, BatchTopK, JumpReLU, KMap, Matryoshka, SAEConfig, TopK
+from aksae import SAE, AdaptiveK, BatchTopK, JumpReLU, KMap, Matryoshka, Need, SAEConfig, TopK
 from aksae.losses import DeadLatents, DeviationWeight, deviation, probe_loss, sae_loss
 from aksae.probe import ComplexityProbe
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,7 @@ D, F, B = 6, 30, 16
 ALPHA, BETA = 0.3, 0.7
 
 
-SELECTIONS = (TopK(3), BatchTopK(3), JumpReLU(3), Matryoshka(BatchTopK(3), (4, 9, F)), AdaptiveK(KMap(1, 5)))
+SELECTIONS = (TopK(3), BatchTopK(3), JumpReLU(3), Matryoshka(BatchTopK(3), (4, 9, F)), Need(3), AdaptiveK(KMap(1, 5)))
 
 
 def make_sae(dtype=torch.float64, selection=SELECTIONS[-1]) -> SAE:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from aksae import SAE, BatchTopK, JumpReLU, Matryoshka, Priced, TopK, open_activations
+from aksae import SAE, BatchTopK, JumpReLU, Matryoshka, Need, Priced, TopK, open_activations
 from aksae.callbacks import JsonLines
 from command_line import call, fails
 from language_models import VOCABULARY, WIDTH
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 D, F, TOKENS = 8, 32, 20
 SELECTIONS = {
     "priced": Priced(4),
+    "need": Need(4),
     "topk": TopK(4),
     "batch-topk": BatchTopK(4),
     "jumprelu": JumpReLU(4),
@@ -153,7 +154,7 @@ WRONG = {
         {"selection": "adaptivek"},
         r"selection: got adaptivek for activations .* no labels to fit a probe on; needs text in their place, or "
         "one of "
-        "priced, topk, batch-topk, jumprelu, matryoshka",
+        "priced, need, topk, batch-topk, jumprelu, matryoshka",
     ),
     "nothing there": ({"activations": "nowhere"}, "activations: got nowhere, which does not exist, needs a file"),
     "k": ({"k": 33}, "k: got 33, needs a number from 1 to d_sae = 32"),

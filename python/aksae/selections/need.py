@@ -170,27 +170,30 @@ class Need(Selection):
         return f"Need, k of {self.budget}"
 
 
+@torch.no_grad()
 def prefix_errors(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor, wanted: Tensor) -> Tensor:
     """Squared error of `wanted [B, D]` from each prefix of its codes by value: `[B, K + 1]`, in the dtype of sums.
 
         e[:, j] = |wanted - b_dec - sum_{i < j} v_i W_dec[l_i]|^2,   v_0 >= v_1 >= ...
 
     Equal values go by index, as a selection of the j largest takes them; past a row's count the error stays. The
-    residual is carried along the prefixes of some rows at a time, so no tensor `[B, K, D]` exists.
+    residual is carried along the prefixes, so no tensor `[B, K, D]` exists. Waits for an accelerator, once.
     """
     dtype = torch.promote_types(wanted.dtype, torch.float32)
     values, order = codes.values.masked_fill(~codes.mask(), -torch.inf).sort(dim=-1, descending=True, stable=True)
     values = values.masked_fill(values == -torch.inf, 0).to(dtype)
     latents = codes.indices.gather(-1, order).clamp_min(0)
-    errors = values.new_empty(*codes.counts.shape, values.shape[-1] + 1)
-    # As many rows as stay in a cache while all their codes pass.
-    n = max(1, 2**19 // wanted.shape[-1])
-    for e, v, at, left in zip(errors.split(n), values.split(n), latents.split(n), (wanted - b_dec).to(dtype).split(n)):
-        left = left.clone()
-        e[:, 0] = left.square().sum(-1)
-        for j in range(v.shape[-1]):
-            left.addcmul_(W_dec[at[:, j]].to(dtype), v[:, j, None], value=-1)
+    residual = wanted.to(dtype) - b_dec.to(dtype)
+    errors = values.new_empty(len(values), values.shape[-1] + 1)
+    longest = int(codes.counts.max()) if len(values) else 0
+    # On CPUs as many rows as stay in a cache while all their prefixes pass; elsewhere a prefix is a few launches.
+    n = max(1, 2**19 // wanted.shape[-1]) if wanted.device.type == "cpu" else max(1, len(values))
+    for e, v, at, left in zip(errors.split(n), values.split(n), latents.split(n), residual.split(n)):
+        e[:, 0] = torch.linalg.vector_norm(left, dim=-1).square()
+        for j in range(longest):
+            left.addcmul_(W_dec.index_select(0, at[:, j]).to(dtype), v[:, j, None], value=-1)
             e[:, j + 1] = torch.linalg.vector_norm(left, dim=-1).square()
+        e[:, longest + 1 :] = e[:, longest : longest + 1]
     return errors
 
 
