@@ -48,7 +48,7 @@ SELECTIONS = {
     "Matryoshka": Matryoshka(BatchTopK(6), (16, 48, F)),
     "AdaptiveK": AdaptiveK(KMap(6, 6)),
     "Priced": Priced(6, k_max=16),
-    "Need": Need(6, measured_rows=4 * B),
+    "Need": Need(6, measured_rows=8 * B),
 }
 every_selection = pytest.mark.parametrize("name", SELECTIONS)
 
@@ -758,19 +758,20 @@ def slow(path):
     flush(path)
 
 flush, checkpoints._flush = checkpoints._flush, slow
-sae = test_fit.make(test_fit.SELECTIONS["BatchTopK"])
+sae = test_fit.make(test_fit.SELECTIONS[sys.argv[5]])
 config = FitConfig(steps=200, checkpoint_every=5, log_every=5, resume=folder, dead_after=300, ema=0.9)
 fit(sae, test_fit.batches(11), config, [Steps()])
 """
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("name", ["BatchTopK", "Need"])
+def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, name):
     """SIGKILL, ten times, at moments drawn at random: five anywhere, five within the write of a checkpoint, before one
     or the other of its files and folders is on the disk."""
 
     def run(folder: Path, kind: str, count: int, delay: float) -> int:
-        command = [sys.executable, "-c", CHILD, str(folder), kind, str(count), str(delay)]
+        command = [sys.executable, "-c", CHILD, str(folder), kind, str(count), str(delay), name]
         return subprocess.run(command, env=environment(), timeout=300, check=False).returncode
 
     assert run(tmp_path / "whole", "never", 1, 0) == 0
@@ -876,20 +877,22 @@ class Killed(Callback):
         if run.step == kill_at and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-sae = test_fit.make(test_fit.SELECTIONS["BatchTopK"])
+sae = test_fit.make(test_fit.SELECTIONS[sys.argv[3]])
 config = FitConfig(steps=30, checkpoint_every=4, log_every=3, dead_after=300, resume=folder, device="cpu")
 fit(sae, Batches(), config, [Killed()])
 """
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_with_the_same_bits(tmp_path):
-    launch(2, APART, str(tmp_path / "whole"), "-1")
-    launch(2, APART, str(tmp_path / "cut"), "11", fails=True)
+@pytest.mark.parametrize("name", ["BatchTopK", "Need"])
+def test_two_processes_go_on_with_the_same_bits(tmp_path, name):
+    """Each has rows of its own that need is to be measured on: it is after 10 steps, and 8 are in the checkpoint."""
+    launch(2, APART, str(tmp_path / "whole"), "-1", name)
+    launch(2, APART, str(tmp_path / "cut"), "11", name, fails=True)
     assert [path.name for path in checkpoints(tmp_path / "cut")] == ["checkpoint-000000004", "checkpoint-000000008"]
     with pytest.raises(UserError, match="checkpoint-000000008: got a run of 2 processes, needs one of 1"):
-        fit(make(SELECTIONS["BatchTopK"]), batches(), FitConfig(steps=30, resume=tmp_path / "cut"))
-    launch(2, APART, str(tmp_path / "cut"), "-1")
+        fit(make(SELECTIONS[name]), batches(), FitConfig(steps=30, resume=tmp_path / "cut"))
+    launch(2, APART, str(tmp_path / "cut"), "-1", name)
     assert same(SAE.from_pretrained(tmp_path / "cut"), SAE.from_pretrained(tmp_path / "whole"))
     assert [record["step"] for record in log(tmp_path / "cut")] == [*range(0, 30, 3), 29]
 
