@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from aksae import SAE, BatchTopK, FitConfig, Need, SAEConfig, TopK, UserError, calibrate, fit
+from aksae import SAE, BatchTopK, FitConfig, Need, SAEConfig, TopK, UserError, calibrate, fit, formats
 from aksae.batches import Batch
 from aksae.callbacks import Callback, Records
 from aksae.learner import Learner
@@ -303,6 +303,13 @@ def test_weights_of_16_bits_keep_the_probe(own, tmp_path):
         assert torch.equal(own.k_for(x), expected)
     own.save_pretrained(tmp_path)
     assert torch.equal(SAE.from_pretrained(tmp_path).need_weight, own.need_weight)
+
+
+def test_other_formats_get_a_topk_of_the_budget(need, tmp_path):
+    need.save_pretrained(tmp_path)
+    stored = formats.load(tmp_path)
+    assert repr(stored.activation) == f"TopK(k={BUDGET})"
+    assert stored.notes == (f"left out: the probe of need; a TopK of its mean L0, {BUDGET}",)
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -37,13 +37,14 @@ class Need(Selection):
 
         k = clamp(round(w . s x + b), k_min, k_max),
 
-    with s the SAE's `input_scale` and b such that rows keep `budget` latents in the mean. So, as in AdaptiveK, k is
-    known before the encode and no row depends on its batch, but no label is needed, only the SAE itself.
+    with s the SAE's `input_scale` and b such that the mean is the budget. So, as in AdaptiveK (arXiv 2508.17320), k is
+    known before the encode and no row depends on its batch, but what it predicts is measured on the SAE.
 
     A run selects as TopK for `topk_share` of its steps, then measures need on the last `measured_rows` rows and fits
     the probe, and does so again at even intervals, `fits` times in all. The probe is two buffers of the SAE,
     `need_weight [d_in]` and `need_bias []`; until the first fit every row has the budget. `aksae.calibrate` sets the
-    bias again by rows that were not trained on.
+    bias again, by the mean L0 of rows that were not trained on. Measuring holds the rows and `k_max + 1` errors of
+    each.
 
     A transcoder's need is measured against its target; at inference it is read off its input.
     """
@@ -100,18 +101,16 @@ class Need(Selection):
 
     @torch.no_grad()
     def measure(self, sae: SAE, rows: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        xs, counts, errors = [], [], []
-        for x, target in rows:
-            candidates = sae.encoder(x).topk(sae.width())
-            xs.append(sae.scaled(x))
-            counts.append(candidates.counts)
-            errors.append(prefix_errors(candidates, sae.W_dec, sae.b_dec, sae.wanted(x, target)))
-        weight = _probe(xs, need_of(errors, self.budget), self.ridge_lambda)
-        sae.need_weight.copy_(weight)
-        scores = torch.cat([self._scores(sae, x) for x, _ in rows])
-        # Every process searches the rows of all of them.
-        both = gathered(torch.stack([scores.double(), torch.cat(counts).double()], 1))
-        sae.need_bias.copy_(self._bias(both[:, 0], both[:, 1], self.budget, sae.width()))
+        most = sae.width()
+        errors = [
+            prefix_errors(sae.encoder(x).topk(most), sae.W_dec, sae.b_dec, sae.wanted(x, target)) for x, target in rows
+        ]
+        need = need_of(errors, self.budget)
+        sae.need_weight.copy_(_probe([sae.scaled(x) for x, _ in rows], need, self.ridge_lambda))
+        # Every process searches the scores of all of them. The mean is that of k, not of L0: rows of a young SAE may
+        # have too few positive candidates for any k.
+        scores = gathered(torch.cat([self._scores(sae, x) for x, _ in rows]).double()[:, None])[:, 0]
+        sae.need_bias.copy_(self._bias(scores, torch.full_like(scores, most), self.budget, most))
 
     @torch.no_grad()
     def calibrate(self, sae: SAE, rows: Iterable[tuple[Tensor, Tensor | None]], budget: float) -> Tensor:
