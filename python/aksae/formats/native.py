@@ -61,7 +61,8 @@ def _activation(config: SAEConfig, tensors: Tensors) -> tuple[Activation, str]:
         tensors.pop("price")
         return TopK(selection.budget), f"left out: the price of latents; a TopK of its mean L0, {selection.budget}"
     if isinstance(selection, selections.Need):
-        tensors.pop("need_weight"), tensors.pop("need_bias")
+        tensors.pop("need_weight")
+        tensors.pop("need_bias")
         return TopK(selection.budget), f"left out: the probe of need; a TopK of its mean L0, {selection.budget}"
     if isinstance(selection, selections.JumpReLU):
         threshold = tensors.take("log_threshold", config.d_sae, any_float=True).exp()
