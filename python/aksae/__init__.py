@@ -13,6 +13,7 @@ try:
 
     from .config import LabelConfig, ModelConfig, SAEConfig, TextConfig, TrainConfig
     from .fit import FitConfig, FitResult, fit
+    from .intervene import Scale, Set, intervene
     from .k_policy import KMap
     from .pricing import adapt, calibrate
     from .reading import Activations, open_activations
@@ -38,6 +39,8 @@ __all__ = [
     "Need",
     "Priced",
     "SAEConfig",
+    "Scale",
+    "Set",
     "TextConfig",
     "TopK",
     "TrainConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "adapt",
     "calibrate",
     "fit",
+    "intervene",
     "open_activations",
     "train",
 ]

@@ -175,7 +175,7 @@ class LanguageModel:
             UserError: L exceeds the positions the model has, or it has no such site.
         """
         self.check_sites(sites)
-        modules = {site: self._module(site) for site in sites}
+        modules = {site: self.module(site) for site in sites}
         with self._alone:
             found = read_sites(modules, lambda: self._forward(input_ids, attention_mask))
         return {site: found[site].float().reshape(*input_ids.shape, self.d_model) for site in sites}
@@ -188,9 +188,7 @@ class LanguageModel:
     def check_sites(self, sites: Iterable[Site]) -> None:
         """Raise UserError where the model has no such layer, or no such place in it."""
         for site in sites:
-            if not 0 <= site.layer < self.n_layers:
-                raise UserError(_no_such_layer(site.layer, self.n_layers, self.name))
-            self._module(site)
+            self.module(site)
 
     def identity_at(self, site: Site) -> dict[str, Any]:
         """`identity`, with what decides over the activations at a site."""
@@ -202,15 +200,11 @@ class LanguageModel:
         hook = "" if site.hook == "resid_post" else f" {site.hook}"
         return f"{self.name}, layer {site.layer}{hook}, {dtype_name(self.model.dtype)}"
 
-    def _module(self, site: Site) -> nn.Module:
-        """The module that is hooked to read at a site."""
-        block = self._blocks[site.layer]
-        if site.hook in ("resid_pre", "resid_post"):
-            return block
+    def module(self, site: Site) -> nn.Module:
+        """The module that is hooked at a site. Raises UserError where the model has no such layer, or no such place."""
         if site not in self._found:
-            name = f"block {site.layer} of {self.name}"
             with self._alone:
-                self._found[site] = find_module(block, site.hook, name, lambda: _two_tokens(self.model))
+                self._found[site] = _module_at(site, self.model, self._blocks, self.name)
         return self._found[site]
 
     @torch.no_grad()
@@ -240,7 +234,7 @@ class LanguageModel:
         self.check_predicts()
         replace = replace or {}
         self.check_sites(replace)
-        modules = {site: self._module(site) for site in replace}
+        modules = {site: self.module(site) for site in replace}
 
         def changed(change: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
             given = hidden.float().reshape(*input_ids.shape, self.d_model)
@@ -292,6 +286,26 @@ def resolve_device(name: str) -> torch.device:
             f"device: got {name!r}, needs auto, cpu or a device of this machine: {_first_line(error)}"
         ) from error
     return torch.device(name)
+
+
+def find_site(model: nn.Module, site: Site) -> tuple[nn.Module, int]:
+    """The module of a loaded `transformers` model that is hooked at a site, and the width D of its residual stream.
+
+    Nothing of the model is changed; blocks are found as `LanguageModel` finds them, by a forward of two tokens. Raises
+    UserError where there are no blocks, no such layer, or no such place in it.
+    """
+    name = type(model).__name__
+    blocks, width = _find_blocks(model, name)
+    return _module_at(site, model, blocks, name), width
+
+
+def _module_at(site: Site, model: nn.Module, blocks: nn.ModuleList, name: str) -> nn.Module:
+    if not 0 <= site.layer < len(blocks):
+        raise UserError(_no_such_layer(site.layer, len(blocks), name))
+    block = blocks[site.layer]
+    if site.hook in ("resid_pre", "resid_post"):
+        return block
+    return find_module(block, site.hook, f"block {site.layer} of {name}", lambda: _two_tokens(model))
 
 
 @torch.no_grad()
