@@ -182,6 +182,22 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
+@pytest.fixture(scope="session")
+def finished(saved, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a finished run of a tiny SAE, of a kind that `finished_runs` names, made on demand. Not to be
+    changed."""
+    folders: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in folders:
+            from finished_runs import train
+
+            folders[kind] = train(kind, saved("llama"), tmp_path_factory.mktemp(f"run-{kind}"))
+        return folders[kind]
+
+    return make
+
+
 @pytest.fixture
 def load(saved, tmp_path: Path) -> Callable:
     """The language model of a family, read after a layer."""

@@ -125,7 +125,7 @@ def test_token_loss_of_a_single_token_is_nan(load):
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_encoders_have_no_token_losses(load, family):
     ids = np.ones((1, 4), dtype=np.int32)
-    with pytest.raises(UserError, match="surprisal and cross-entropy need a causal language model"):
+    with pytest.raises(UserError, match="surprisal or cross-entropy needs a causal language model"):
         load(family).token_losses(ids, ids)
 
 

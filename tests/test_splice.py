@@ -108,7 +108,7 @@ def test_batches_and_16_bits(monkeypatch):
 def test_what_has_no_cross_entropy(load):
     contexts = ragged()
     with pytest.raises(
-        UserError, match="predicts no next token, surprisal and cross-entropy need a causal language model"
+        UserError, match="predicts no next token, surprisal or cross-entropy needs a causal language model"
     ):
         cross_entropy(load("bert"), contexts, Site(1), {}, mean=MEAN)
     with pytest.raises(UserError, match=r"model\.layer: got 3, needs 0 to 2"):

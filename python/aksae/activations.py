@@ -231,7 +231,7 @@ class LanguageModel:
             UserError: the checkpoint has no causal language-model head, L exceeds the positions the model has, or it
                 has no such site.
         """
-        self.check_predicts()
+        self.check_predicts("surprisal or cross-entropy")
         replace = replace or {}
         self.check_sites(replace)
         modules = {site: self.module(site) for site in replace}
@@ -249,13 +249,10 @@ class LanguageModel:
             [F.cross_entropy(row[:-1].float(), target) for row, target in zip(logits, targets, strict=True)]
         )
 
-    def check_predicts(self) -> None:
-        """Raise UserError where the model has no losses of next tokens."""
+    def check_predicts(self, what: str) -> None:
+        """Raise UserError where the model predicts no next token; `what` says who needs it to."""
         if not self.predicts:
-            raise UserError(
-                f"model.name: {self.name} predicts no next token, surprisal and cross-entropy need a causal language "
-                "model"
-            )
+            raise UserError(f"model.name: {self.name} predicts no next token, {what} needs a causal language model")
 
     def check_length(self, context_length: int) -> None:
         """Raise UserError where the model has fewer positions than that."""
@@ -404,7 +401,7 @@ def _no_such_layer(layer: int, layers: int, name: str) -> str:
 def _loading(name: str) -> Iterator[None]:
     """Quiet; and transformers, which fails in many ways (OSError, ValueError, SafetensorError, ...), does so in one."""
     try:
-        with _quiet():
+        with quiet():
             yield
     except Exception as error:
         raise UserError(f"model.name: {name!r} cannot be loaded: {_first_line(error)}") from error
@@ -457,10 +454,10 @@ def _converted_bundled(cache: Path, check: Callable[[Any], None]) -> str:
         return str(folder)
     options = {"gguf_file": gguf.name}
     try:
-        with _quiet():
+        with quiet():
             config = transformers.AutoConfig.from_pretrained(gguf.parent, **options)
         check(config)
-        with _quiet():
+        with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
             # Newer releases leave the weights packed where they have a kernel for them; older ones know no such choice.
             if hasattr(transformers, "GgufConfig"):
@@ -476,7 +473,7 @@ def _converted_bundled(cache: Path, check: Callable[[Any], None]) -> str:
             f"model.name: {BUNDLED_MODEL!r} could not be converted from {gguf.name} (this takes the packages gguf and "
             f"accelerate): {_first_line(error)}"
         ) from error
-    with _quiet(), _made_whole(folder) as partial:
+    with quiet(), _made_whole(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return str(folder)
@@ -516,7 +513,7 @@ def _made_whole(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No warnings, log lines and progress bars of transformers; downloads keep theirs. Put back afterwards."""
     import huggingface_hub
     from huggingface_hub.utils import logging as hub_logging

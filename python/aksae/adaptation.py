@@ -96,7 +96,7 @@ def adapt_file(
     lm = corpus.model
     if bare.d_in != lm.d_model:
         raise UserError(f"{file}: got an SAE of {bare.d_in} inputs, needs {lm.d_model}, the width of {lm.name}")
-    lm.check_predicts()
+    lm.check_predicts("cross-entropy")
     first = _first_contexts(corpus.train, CALIBRATED)
     calibrating, heldout = (
         collect_contexts(lm, contexts, cache, batch_size=model.batch_size, site=site)

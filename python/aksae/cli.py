@@ -1,4 +1,4 @@
-"""The command `aksae`: label, collect, train, eval, report, convert, adapt."""
+"""The command `aksae`: label, collect, train, eval, report, steer, convert, adapt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from .collect import StoredDtype
-from .config import LabelConfig, ModelConfig, ProbeReads, TextConfig, TrainConfig, cache_folder, validate_inputs
+from .config import (
+    LabelConfig,
+    ModelChoice,
+    ModelConfig,
+    ProbeReads,
+    TextConfig,
+    TrainConfig,
+    cache_folder,
+    validate_inputs,
+)
 from .errors import Notice, UserError, missing_module
 from .formats import Format, WrittenFormat
 from .sites import Hook
@@ -100,6 +109,7 @@ def _status(arguments: Sequence[str] | None) -> int:
         "train": train,
         "eval": evaluate,
         "report": report,
+        "steer": steer,
         "convert": convert,
         "adapt": adapt,
     }
@@ -256,6 +266,35 @@ def report(run: tyro.conf.Positional[Path]) -> None:
     from .report import write_report
 
     print(f"report: {write_report(run)}")
+
+
+def steer(
+    run: tyro.conf.Positional[Path],
+    prompt: tyro.conf.Positional[str],
+    latent: int,
+    strength: float,
+    model: ModelChoice,
+    site: Hook | None = None,
+    tokens: int = 40,
+    seed: int = 0,
+) -> None:
+    """Continue a prompt with and without a latent of an SAE set to a strength.
+
+    Args:
+        run: folder of a run, or of an SAE (in a run, such as its baseline, or by itself, with --model.name and
+            --model.layer).
+        prompt: text to go on with.
+        latent: number of the latent.
+        strength: activation that it is given at every token, in the unit of `aksae explain`, which prints its largest:
+            once to a few times that one steers, 0 ablates.
+        site: place in the block that the SAE reads; None for the one that its run says, else resid_post.
+        tokens: how many tokens are drawn at most.
+        seed: of both drawings.
+    """
+    from .steer import steer
+
+    done = steer(run, prompt, latent, strength, tokens=tokens, seed=seed, model=model, site=site)
+    print(f"{done.where}\n\nwithout: {prompt}{done.without}\n\nwith:    {prompt}{done.steered}")
 
 
 def convert(

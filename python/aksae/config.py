@@ -53,6 +53,32 @@ class ModelConfig:
 
 
 @dataclass
+class ModelChoice:
+    """Settings of the language model of a run that is there, in place of the run's own; None leaves those.
+
+    They are needed where nothing says which model an SAE is of: `name` and `layer` at least."""
+
+    name: str | None = None
+    """A Hugging Face name, a local folder, or `smollm2`."""
+    layer: int | None = None
+    """Index of the block that the SAE reads."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision the language model runs in."""
+    device: str | None = None
+    """`auto` or a torch device string."""
+    batch_size: int | None = None
+    """Contexts per forward pass of the language model."""
+
+    def over(self, known: Mapping[str, Any]) -> ModelConfig | None:
+        """`known` fields of a `ModelConfig`, but for what is chosen here; None where name or layer stay unknown."""
+        chosen = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        fields = {**known, **chosen}
+        return ModelConfig(**fields) if {"name", "layer"} <= fields.keys() else None
+
+
+@dataclass
 class TextConfig:
     """Which text is read, and how it is cut into contexts."""
 

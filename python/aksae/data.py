@@ -105,7 +105,7 @@ def read_corpus(model: ModelConfig, text: TextConfig, labels: LabelConfig | None
     language_model = LanguageModel.load(model, cache, context_length=text.context_length)
     language_model.check_length(text.context_length)
     if labels is not None and labels.scorer == "surprisal":
-        language_model.check_predicts()
+        language_model.check_predicts("surprisal")
     return Corpus(language_model, *load_contexts(text, language_model.tokenizer))
 
 

@@ -184,10 +184,7 @@ class _Cutter:
 
     def __init__(self, tokenizer, config: TextConfig):
         self.tokenizer, self.length, self.packed = tokenizer, config.context_length, config.packed
-        self.prefix, self.suffix = _own_special_tokens(tokenizer)
-        if not self.prefix and tokenizer.bos_token_id is not None:
-            # The token that language models park attention on had better be one outside the loss.
-            self.prefix = [tokenizer.bos_token_id]
+        self.prefix, self.suffix = special_tokens(tokenizer)
         self.skip = config.skip_first
         self.body = self.length - len(self.prefix) - len(self.suffix)
         self.needed = self.body if self.packed else MIN_LOSS_TOKENS
@@ -215,6 +212,16 @@ class _Cutter:
             yield np.asarray(self.tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
         if self.packed:
             yield np.array([self.end], np.int32)
+
+
+def special_tokens(tokenizer) -> tuple[list[int], list[int]]:
+    """What stands before and after each context: what the tokenizer puts there by itself, and a BOS before it where
+    the tokenizer has one and puts nothing there."""
+    before, after = _own_special_tokens(tokenizer)
+    if not before and tokenizer.bos_token_id is not None:
+        # The token that language models park attention on had better be one outside the loss.
+        before = [tokenizer.bos_token_id]
+    return before, after
 
 
 def _own_special_tokens(tokenizer) -> tuple[list[int], list[int]]:
