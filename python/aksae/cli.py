@@ -1,4 +1,4 @@
-"""The command `aksae`: label, collect, train, eval, report, steer, convert, adapt."""
+"""The command `aksae`: label, collect, train, eval, report, explain, steer, convert, adapt."""
 
 from __future__ import annotations
 
@@ -109,6 +109,7 @@ def _status(arguments: Sequence[str] | None) -> int:
         "train": train,
         "eval": evaluate,
         "report": report,
+        "explain": explain,
         "steer": steer,
         "convert": convert,
         "adapt": adapt,
@@ -268,6 +269,32 @@ def report(run: tyro.conf.Positional[Path]) -> None:
     print(f"report: {write_report(run)}")
 
 
+def explain(
+    run: tyro.conf.Positional[Path],
+    latents: tyro.conf.Positional[tuple[int, ...]],
+    model: ModelChoice,
+    examples: int = 5,
+    tokens: int = 10,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Say of latents where they fire on a run's held-out text, how strongly, and which tokens they make likelier.
+
+    Args:
+        run: folder of a run, or of an SAE in a run, such as its baseline.
+        latents: their numbers.
+        examples: contexts shown of each, those in which it is strongest; tokens on which it fires are in «».
+        tokens: how many of the tokens are shown that its decoder row alone makes likelier, and less likely.
+        json_file: a file to write all of it to, with whole contexts and the activation at every token.
+    """
+    from .explain import described, explain
+    from .files import write_json
+
+    explained = explain(run, latents, examples=examples, tokens=tokens, model=model)
+    if json_file is not None:
+        write_json(json_file, explained)
+    _print(described(explained))
+
+
 def steer(
     run: tyro.conf.Positional[Path],
     prompt: tyro.conf.Positional[str],
@@ -294,7 +321,7 @@ def steer(
     from .steer import steer
 
     done = steer(run, prompt, latent, strength, tokens=tokens, seed=seed, model=model, site=site)
-    print(f"{done.where}\n\nwithout: {prompt}{done.without}\n\nwith:    {prompt}{done.steered}")
+    _print(f"{done.where}\n\nwithout: {prompt}{done.without}\n\nwith:    {prompt}{done.steered}")
 
 
 def convert(
@@ -439,6 +466,12 @@ def _cell(key: str, value: float) -> str:
     if key in ("l0_mean", "k_mean"):
         return f"{value:.1f}"
     return f"{value:.1%}" if key == "dead" else f"{value:.4g}"
+
+
+def _print(text: str) -> None:
+    """Print what a model said, also where the terminal has not all of its characters."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))
 
 
 def _failed(status: int, message: str) -> int:

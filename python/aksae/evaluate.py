@@ -242,7 +242,7 @@ def _top_contexts(
     """The contexts in which each of `latents` is most active, with their tokens."""
     activations = torch.cat(
         [
-            _activations_of(latents, _encode(sae, batch, reader.k(sae, batch)))
+            activations_of(latents, _encode(sae, batch, reader.k(sae, batch)))
             for batch in reader.in_order(batch_size, all_rows=True)
         ]
     )
@@ -289,7 +289,7 @@ def _spread_latents(fired: Tensor, n_rows: int) -> Tensor:
     return by_frequency[torch.linspace(0, len(by_frequency) - 1, min(_LATENTS, len(by_frequency))).round().long()]
 
 
-def _activations_of(latents: Tensor, codes) -> Tensor:
-    """`[B, len(latents)]` on the CPU."""
+def activations_of(latents: Tensor, codes) -> Tensor:
+    """The activations of `latents [n]` in codes `[B, K]`: `[B, n]` on the CPU, 0 where one was not selected."""
     columns = [torch.where(codes.indices == latent, codes.values, 0).sum(-1) for latent in latents.tolist()]
     return torch.stack(columns, 1).cpu() if columns else codes.values.new_zeros(len(codes.values), 0).cpu()

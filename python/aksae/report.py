@@ -447,7 +447,7 @@ def _latents(evaluation: dict) -> Iterator[dict]:
             "max": _format(top, ".3g"),
             "examples": [
                 {
-                    "runs": list(_runs(tokens, activations, top)),
+                    "runs": list(marked_runs(tokens, activations, top)),
                     "peak": _format(max(activations), ".3g"),
                     "score": _format(example.get("score"), ".1f"),
                     "k": _format(example.get("k"), ",.0f"),
@@ -457,10 +457,13 @@ def _latents(evaluation: dict) -> Iterator[dict]:
         }
 
 
-def _runs(tokens: list[str], activations: list[float], top: float) -> Iterator[tuple[str, str, str]]:
-    """The tokens around the strongest one; the silent ones come joined, with an empty tooltip."""
+def marked_runs(
+    tokens: list[str], activations: list[float], top: float, before: int = WINDOW_BEFORE, after: int = WINDOW_AFTER
+) -> Iterator[tuple[str, str, str]]:
+    """The tokens around the strongest one, as text, share of `top` and tooltip; the silent ones come joined, with an
+    empty tooltip."""
     peak = activations.index(max(activations))
-    start, stop = max(0, peak - WINDOW_BEFORE), min(len(tokens), peak + WINDOW_AFTER + 1)
+    start, stop = max(0, peak - before), min(len(tokens), peak + after + 1)
     silent = "…" if start else ""
     for token, activation in zip(tokens[start:stop], activations[start:stop]):
         text = str(token).translate(VISIBLE)
