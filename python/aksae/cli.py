@@ -1,4 +1,4 @@
-"""The command `aksae`: label, collect, train, eval, report, explain, steer, convert, adapt."""
+"""The command `aksae`: label, collect, train, eval, report, explain, steer, export, convert, adapt."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from .collect import StoredDtype
 from .config import (
+    ExportTarget,
     LabelConfig,
     ModelChoice,
     ModelConfig,
@@ -111,6 +112,7 @@ def _status(arguments: Sequence[str] | None) -> int:
         "report": report,
         "explain": explain,
         "steer": steer,
+        "export": export,
         "convert": convert,
         "adapt": adapt,
     }
@@ -322,6 +324,31 @@ def steer(
 
     done = steer(run, prompt, latent, strength, tokens=tokens, seed=seed, model=model, site=site)
     _print(f"{done.where}\n\nwithout: {prompt}{done.without}\n\nwith:    {prompt}{done.steered}")
+
+
+def export(
+    run: tyro.conf.Positional[Path],
+    folder: tyro.conf.Positional[Path],
+    to: ExportTarget,
+    model: ModelChoice,
+    site: Hook | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the SAE of a run as a folder for the Hugging Face hub, SAEDashboard or Neuronpedia.
+
+    Args:
+        run: folder of a run, or of an SAE (in a run, such as its baseline, or by itself, with --model.name and
+            --model.layer).
+        folder: where to write; a README.md in it says how to go on.
+        to: hub takes this project's files, SAELens' and a model card; saedashboard and neuronpedia SAELens' files with
+            the names of model (--model.name, where the run's is a folder) and hook.
+        site: place in the block that the SAE reads; None for the one that its run says, else resid_post.
+        overwrite: write even where FOLDER holds files.
+    """
+    from .export import export
+
+    notes = export(run, folder, to, model=model, site=site, overwrite=overwrite)
+    print(f"{run} -> {folder} ({to}); {'; '.join(notes) or 'weights unchanged'}")
 
 
 def convert(

@@ -27,6 +27,8 @@ Config = TypeVar("Config", bound="DataclassInstance")
 SelectionName = Literal["adaptivek", "priced", "need", "topk", "batch-topk", "jumprelu", "matryoshka"]
 SELECTION_NAMES: tuple[SelectionName, ...] = typing.get_args(SelectionName)
 """The selections by their names on the command line, which are those of their folders in a run."""
+ExportTarget = Literal["hub", "saedashboard", "neuronpedia"]
+"""What `aksae export` writes for."""
 BUNDLED_MODEL, BUNDLED_TEXT = "smollm2", "python-prose"
 """The model and the text that need no network; never taken for the name of a folder."""
 MIN_LOSS_TOKENS = 16

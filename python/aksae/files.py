@@ -172,6 +172,12 @@ def write_json(path: Path, value: Any) -> None:
     write_files({path: value})
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text, replaced as a whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_files(files: Mapping[Path, Any]) -> None:
     """Write files that belong together: `.json`, `.safetensors` of a dictionary of tensors, others by `torch.save`.
 
