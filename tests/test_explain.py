@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from aksae import SAE, open_activations
+from aksae import SAE, Activations, open_activations
 from aksae.cli import main
 from aksae.data import BatchReader, collect_contexts
 from aksae.explain import explain, logit_effect
@@ -85,6 +85,12 @@ def test_the_tokens_of_a_stream_are_those_of_the_store(finished):
     stream, store = (explain(finished(kind), range(6)) for kind in ("stream", "topk"))
     # Other weights, since other batches; but the same tokens, all of them.
     assert stream["tokens"] == store["tokens"]
+
+
+def test_a_cache_of_version_0_1_holds_no_tokens(finished, monkeypatch):
+    wanted = explain(finished("topk"), range(4))
+    monkeypatch.setattr(Activations, "tokens", None)
+    assert explain(finished("topk"), range(4)) == wanted
 
 
 @pytest.mark.parametrize("family", CAUSAL)

@@ -167,14 +167,17 @@ def _heldout(found: Finished, model: LanguageModel) -> Iterator[_Rows]:
     run, sae = found.run, found.sae
     with frozen(sae.W_enc):
         if run.activations is not None:
-            yield from _of_store(sae, _collected(found, model), run)
+            store = _collected(found, model)
+            numbers = torch.zeros_like(store.tokens) if store.context is None else store.context
+            yield from _of_store(sae, store, store.tokens, numbers, run)
             return
         contexts = _contexts(run, model)
         if run.stream:
             yield from _of_forwards(sae, model, contexts, run)
             return
-        cache = cache_folder(run.cache)
-        yield from _of_store(sae, collect_contexts(model, contexts, cache, batch_size=run.model.batch_size), run)
+        store = collect_contexts(model, contexts, cache_folder(run.cache), batch_size=run.model.batch_size)
+        # Not the store's own tokens, which version 0.1 did not keep.
+        yield from _of_store(sae, store, *_tokens(contexts, np.arange(len(contexts))), run)
 
 
 def _contexts(run: TrainConfig, model: LanguageModel) -> ContextSet:
@@ -201,7 +204,14 @@ def _collected(found: Finished, model: LanguageModel) -> Activations:
     return everything.split(found.run.text.heldout_fraction)[1]
 
 
-def _of_store(sae: SAE, store: Activations, run: TrainConfig) -> Iterator[_Rows]:
+def _tokens(contexts: ContextSet, index: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The loss tokens of the contexts `index`, and the number of the context of each."""
+    mask = contexts.loss_mask[index]
+    tokens, numbers = contexts.input_ids[index][mask], np.repeat(index, mask.sum(1))
+    return torch.from_numpy(tokens).long(), torch.from_numpy(numbers)
+
+
+def _of_store(sae: SAE, store: Activations, tokens: Tensor, contexts: Tensor, run: TrainConfig) -> Iterator[_Rows]:
     if isinstance(sae.config.selection, AdaptiveK):
         reader = BatchReader(store, probe_reads=run.probe_reads, train_on="all", device=sae.W_dec.device)
         batches = reader.in_order(run.batch_size)
@@ -209,20 +219,14 @@ def _of_store(sae: SAE, store: Activations, run: TrainConfig) -> Iterator[_Rows]
     else:
         rows = torch.arange(len(store)).split(run.batch_size)
         codes = (sae.encode(store.rows(part).to(sae.W_dec.device)) for part in rows)
-    tokens, contexts = store.tokens, store.context
-    if contexts is None:
-        contexts = torch.zeros_like(tokens)
     parts = zip(codes, tokens.split(run.batch_size), contexts.split(run.batch_size), strict=True)
     return (_Rows(*part) for part in parts)
 
 
 def _of_forwards(sae: SAE, model: LanguageModel, contexts: ContextSet, run: TrainConfig) -> Iterator[_Rows]:
-    mask = contexts.loss_mask
     for block in forward_blocks(model, contexts, contexts_per_forward=run.model.batch_size):
         codes = sae.encode(block.checked().to(sae.W_dec.device))
-        tokens = contexts.input_ids[block.index][mask[block.index]]
-        numbers = np.repeat(block.index, mask[block.index].sum(1))
-        yield _Rows(codes, torch.from_numpy(tokens).long(), torch.from_numpy(numbers))
+        yield _Rows(codes, *_tokens(contexts, block.index))
 
 
 def _statistics(activations: Tensor) -> dict[str, Any]:
