@@ -95,7 +95,9 @@ def test_every_selection_learns(name):
     assert not sae.training
     assert result.sae is sae
     assert result.record["step"] == 299
-    assert fvu(sae, x) < 0.5 < fvu(make(SELECTIONS[name]).eval(), x)
+    # An SAE that was not trained yet has a price of 0, at which every latent is kept that lowers the error.
+    untrained = fvu(make(SELECTIONS[name]).eval(), x)
+    assert fvu(sae, x) < 0.5 < untrained if name != "Priced" else fvu(sae, x) < 0.5 * untrained
     # JumpReLU is drawn to its target, the others have it in every batch.
     assert float(sae.encode(x).counts.float().mean()) == pytest.approx(6, rel=0.1 if name == "JumpReLU" else 0.25)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
