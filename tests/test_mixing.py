@@ -163,14 +163,32 @@ def test_the_thread_ends_when_the_iterator_is_dropped(taken):
     assert settled(lambda: not threads())
 
 
-def test_the_process_ends_while_something_is_read_ahead():
-    code = """
+ENDLESS = """
 import itertools, torch
 from aksae.prefetch import prefetched
 ahead = prefetched((torch.randn(300, 300) @ torch.randn(300, 300) for _ in itertools.count()), 4)
 next(ahead)
 print("done")
 """
+# The source is closed when the thread has nothing more to read, and takes its time.
+CLOSING = """
+import itertools, time
+from aksae.prefetch import prefetched
+def source():
+    try:
+        yield from itertools.count()
+    finally:
+        time.sleep(0.5)
+        print("done")
+ahead = prefetched(source(), 4)
+next(ahead)
+del ahead
+time.sleep(0.2)
+"""
+
+
+@pytest.mark.parametrize("code", [ENDLESS, CLOSING], ids=["computing", "closing"])
+def test_the_process_ends_after_what_is_read_ahead(code):
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'python'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False

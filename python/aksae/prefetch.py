@@ -29,8 +29,6 @@ def prefetched(source: Iterator[Item], depth: int) -> Iterator[Item]:
             items.put(("end", None))
         except BaseException as error:
             items.put(("error", error))
-        finally:
-            _running.pop(thread, None)
 
     def drop() -> None:
         dropped.set()
@@ -38,9 +36,11 @@ def prefetched(source: Iterator[Item], depth: int) -> Iterator[Item]:
         while not items.empty():
             items.get_nowait()
 
+    for ended in [other for other in _started if not other.is_alive()]:
+        del _started[ended]
     thread = threading.Thread(target=read, name="aksae-prefetch", daemon=True)
-    _running[thread] = drop
     thread.start()
+    _started[thread] = drop
     try:
         while True:
             kind, value = items.get()
@@ -53,12 +53,13 @@ def prefetched(source: Iterator[Item], depth: int) -> Iterator[Item]:
         drop()
 
 
-_running: dict[threading.Thread, Callable[[], None]] = {}
+_started: dict[threading.Thread, Callable[[], None]] = {}
+"""Threads that may not have ended: none takes itself off the list, since it has its source to close after that."""
 
 
 @atexit.register
 def _end() -> None:
     """End all threads before the interpreter does: one that computes while its libraries are unloaded may crash."""
-    for thread, drop in list(_running.items()):
+    for thread, drop in list(_started.items()):
         drop()
         thread.join()
