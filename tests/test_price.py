@@ -22,9 +22,9 @@ from aksae_kernels import (
 from aksae_kernels.codes import acc_dtype, live_slots
 from aksae_kernels.testing import codes_from_mask, keep_slots, poison_padding, price_mask, random_codes
 
-SHAPES = [((), 5, 9, 4), ((1,), 1, 1, 1), ((3,), 7, 12, 6), ((2, 3), 65, 40, 17), ((4,), 130, 64, 64)]
+SHAPES = [((), 5, 9, 4), ((1,), 1, 1, 1), ((3,), 7, 12, 6), ((2, 3), 65, 40, 17)]
 if not INTERPRETED:
-    SHAPES += [((5,), 769, 300, 33), ((2,), 1031, 50, 40), ((MANY_ROWS,), 16, 30, 12)]
+    SHAPES += [((4,), 130, 64, 64), ((5,), 769, 300, 33), ((2,), 1031, 50, 40), ((MANY_ROWS,), 16, 30, 12)]
 shapes = pytest.mark.parametrize(
     ("lead", "d_in", "d_sae", "width"), SHAPES, ids=lambda value: str(value).replace(" ", "")
 )
@@ -102,7 +102,7 @@ def test_infinite_prices_keep_nothing_and_everything(case):
 def test_the_objective_never_rises_and_no_flip_is_left_that_helps(case):
     codes, W, b, x = encoded_problem(case)
     tolerance = 64 * torch.finfo(acc_dtype(case.dtype)).eps * float(x.double().square().sum(-1).max())
-    for price in (0.05, 0.5, 2.0):
+    for price in (0.5,) if INTERPRETED else (0.05, 0.5, 2.0):
         before = objective(codes._replace(counts=torch.zeros_like(codes.counts)), W, b, x, price)
         for passes in (1, 2, 3, 20):
             kept = price_select(codes, W, b, x, price=price, passes=passes)
