@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +68,14 @@ class Contexts:
 
     def __len__(self):
         return len(self.input_ids)
+
+
+def write_documents(path: Path, n: int, words_each: int) -> Path:
+    """Write `n` documents of random words that `save`'s tokenizer knows to a text file; its path."""
+    draw = random.Random(0)
+    words = [f"w{i}" for i in range(1, VOCABULARY)]
+    path.write_text("\n\f\n".join(" ".join(draw.choices(words, k=words_each)) for _ in range(n)))
+    return path
 
 
 def ragged(lengths=(7, 3, 12, 5, 9), width=12, seed=0):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import random
 import re
 
 import pytest
@@ -15,7 +14,7 @@ from aksae import TopK as TopKSelection
 from aksae.adaptation import adapt_file
 from aksae.formats.stored import JumpReLU, ReLU, StoredSAE, TopK
 from command_line import call, fails
-from language_models import VOCABULARY, WIDTH
+from language_models import WIDTH, write_documents
 from test_formats import D_SAE, SAMPLES, X, close, place, put, randn
 from test_priced import D, rows
 
@@ -120,11 +119,7 @@ F_SAE, TOKENS = 64, 20
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """120 documents of 20 words each, one context a document."""
-    path = tmp_path_factory.mktemp("text") / "documents.txt"
-    draw = random.Random(0)
-    words = [f"w{i}" for i in range(1, VOCABULARY)]
-    path.write_text("\n\f\n".join(" ".join(draw.choices(words, k=TOKENS)) for _ in range(120)))
-    return path
+    return write_documents(tmp_path_factory.mktemp("text") / "documents.txt", 120, TOKENS)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ import torch
 from aksae import SAE, BatchTopK, JumpReLU, Matryoshka, Need, Priced, TopK, open_activations
 from aksae.callbacks import JsonLines
 from command_line import call, fails
-from language_models import VOCABULARY, WIDTH
+from language_models import WIDTH, write_documents
 
 ROOT = Path(__file__).resolve().parent.parent
 D, F, TOKENS = 8, 32, 20
@@ -61,11 +60,7 @@ def settings(activations, tmp_path):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """40 documents of 20 words each, one context per document."""
-    path = tmp_path_factory.mktemp("text") / "documents.txt"
-    draw = random.Random(0)
-    words = [f"w{i}" for i in range(1, VOCABULARY)]
-    path.write_text("\n\f\n".join(" ".join(draw.choices(words, k=TOKENS)) for _ in range(40)))
-    return path
+    return write_documents(tmp_path_factory.mktemp("text") / "documents.txt", 40, TOKENS)
 
 
 @pytest.fixture
