@@ -274,12 +274,10 @@ def test_a_second_derivative_raises(case):
         grad.sum().backward()
 
 
-def test_autocast_casts_as_for_a_product(case):
-    if case.dtype != torch.float32:
-        pytest.skip("autocast changes fp32 alone")
-    codes, W, b, x = encoded_problem(case)
-    with torch.autocast(case.device, torch.bfloat16):
-        kept = price_select(codes, W, b, x, price=torch.tensor(0.5, device=case.device))
+def test_autocast_casts_as_for_a_product(fp32):
+    codes, W, b, x = encoded_problem(fp32)
+    with torch.autocast(fp32.device, torch.bfloat16):
+        kept = price_select(codes, W, b, x, price=torch.tensor(0.5, device=fp32.device))
     assert kept.values.dtype == torch.bfloat16
     half = torch.bfloat16
     assert_same(kept, price_select(codes.to(half), W.to(half), b.to(half), x.to(half), price=0.5))

@@ -107,7 +107,8 @@ class AcceleratedModule(Accelerated):
         return self.pricing is not None and not self.training
 
     def _candidates(self, k_max: int, *data: Tensor) -> Candidates:
-        """The `k_max` latents of each row with the largest positive scores, or all that there are.
+        """The `k_max` latents of each row with the largest positive scores, or all that there are. Every class of a
+        host that can be priced defines it.
 
         `data` is the input, and where the host makes scores in any case, those. Scores, decoder and target are in the
         host's own units: a host that ranks by scores times decoder norms reconstructs with decoder rows of norm 1.
