@@ -182,6 +182,7 @@ def test_the_command_prints_a_table_and_writes_the_sae(source, folder, settings,
     ]  # fmt: skip
     l0, fvu = ([float(row[column]) for row in table] for column in (1, 2))
     assert l0[0] == 6
+    assert all(len(row) == 7 for row in table)
     for got, wanted in zip(l0[1:], (6, 4, 3), strict=True):
         assert abs(got / wanted - 1) < 0.05
     assert fvu[1] < 0.95 * fvu[0]

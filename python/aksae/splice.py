@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from .activations import LOSS_TOKENS, LanguageModel
+from .activations import LOSS_TOKENS, LanguageModel, divergences_of, losses_of
 from .errors import UserError
 from .sites import Site
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Losses of contexts, in nats per token: each is `[N]` float64, the mean over the tokens of each context.
+    """Losses and divergences of contexts, in nats per token: each is `[N]` float64, the mean over a context's tokens.
 
     A number for all contexts is the mean over these, so that every context weighs the same. Differences between two
     of these tensors are paired: documents may be drawn anew from them.
@@ -33,15 +33,31 @@ class CrossEntropy:
     """With every row 0."""
     spliced: Mapping[str, Tensor]
     """With what each of the functions makes of the rows, by name."""
+    divergence: Mapping[str, Tensor]
+    """`KL(clean || spliced)` of the next-token distributions, by name: `aksae.activations.divergences_of`. Unlike the
+    damage, it does not forgive a changed prediction that happens to suit the text."""
 
     def damage(self, name: str) -> float:
         """`L(spliced) - L(clean)`."""
         return float((self.spliced[name] - self.clean).mean())
 
+    def kl(self, name: str) -> float:
+        """The mean of `divergence`."""
+        return float(self.divergence[name].mean())
+
     def recovered(self, name: str, ablation: Literal["mean", "zero"] = "mean") -> float:
         """`(L(ablated) - L(spliced)) / (L(ablated) - L(clean))`: 1 without damage, 0 where an ablation is as good."""
         ablated = self.mean_ablated if ablation == "mean" else self.zero_ablated
         return float((ablated - self.spliced[name]).mean() / (ablated - self.clean).mean())
+
+    def summary(self, name: str) -> dict[str, float]:
+        """`ce_damage`, `kl`, `recovered_mean` and `recovered_zero` of one of the functions."""
+        return {
+            "ce_damage": self.damage(name),
+            "kl": self.kl(name),
+            "recovered_mean": self.recovered(name, "mean"),
+            "recovered_zero": self.recovered(name, "zero"),
+        }
 
 
 def cross_entropy(
@@ -61,7 +77,8 @@ def cross_entropy(
 
     Args:
         site: where in the model.
-        functions: from rows `[n, D]` float32 on the model's device to what replaces them, `[n, D]` of any dtype.
+        functions: from rows `[n, D]` float32 on the model's device to what replaces them, `[n, D]` of any dtype. Each
+            is given every row once, in the order of contexts and tokens.
         mean: `[D]`, what `mean_ablated` puts in place of every row.
         progress: show a bar on stderr.
 
@@ -72,20 +89,27 @@ def cross_entropy(
 
     if not len(contexts):
         raise UserError("contexts: got none, needs at least one")
-    runs = [None, mean.to(model.device).expand_as, torch.zeros_like, *functions.values()]
-    losses = torch.empty(len(runs), len(contexts), dtype=torch.float64)
+    ablations = [mean.to(model.device).expand_as, torch.zeros_like]
+    losses = torch.empty(1 + len(ablations) + len(functions), len(contexts), dtype=torch.float64)
+    divergences = torch.empty(len(functions), len(contexts), dtype=torch.float64)
     size = max(1, LOSS_TOKENS // contexts.input_ids.shape[1])
     with tqdm(total=losses.numel(), desc="cross-entropy", unit="context", disable=not progress) as bar:
         for start in range(0, len(contexts), size):
             batch = slice(start, start + size)
             ids, attention = contexts.input_ids[batch], contexts.attention_mask[batch]
             replaced = torch.as_tensor(contexts.loss_mask[batch]).to(model.device)
-            for run, function in enumerate(runs):
-                replace = None if function is None else {site: _at(replaced, function)}
-                losses[run, batch] = model.token_losses(ids, attention, replace).double().cpu()
+            clean = model.logits(ids, attention)
+            losses[0, batch] = losses_of(clean, ids, attention).double().cpu()
+            bar.update(len(ids))
+            for run, function in enumerate([*ablations, *functions.values()]):
+                logits = model.logits(ids, attention, {site: _at(replaced, function)})
+                losses[1 + run, batch] = losses_of(logits, ids, attention).double().cpu()
+                if run >= len(ablations):
+                    divergences[run - len(ablations), batch] = divergences_of(clean, logits, attention).double().cpu()
                 bar.update(len(ids))
-    clean, mean_ablated, zero_ablated, *spliced = losses
-    return CrossEntropy(clean, mean_ablated, zero_ablated, dict(zip(functions, spliced, strict=True)))
+    unchanged, mean_ablated, zero_ablated, *spliced = losses
+    by_name = [dict(zip(functions, of_functions, strict=True)) for of_functions in (spliced, divergences)]
+    return CrossEntropy(unchanged, mean_ablated, zero_ablated, *by_name)
 
 
 def _at(replaced: Tensor, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
