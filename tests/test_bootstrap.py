@@ -58,6 +58,22 @@ def test_many_units_are_drawn_in_parts(monkeypatch):
     assert [float(part) for part in in_parts] == pytest.approx([float(part) for part in whole], rel=1e-12)
 
 
+def test_seeds_and_documents_are_both_resampled():
+    rng = np.random.default_rng(6)
+    # Documents are all alike, seeds are not: only seeds make the interval, as wide as that of their mean.
+    of_seed = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    sums, ones = np.repeat(of_seed[:, None], 40, 1), np.ones((5, 40))
+    crossed = bootstrap(np.divide, sums, ones, rng=rng, axes=2)
+    assert crossed.value == 3.0
+    assert crossed.high - crossed.low == pytest.approx(2 * 1.96 * of_seed.std() / math.sqrt(5), rel=0.1)
+    # With one seed what is left is the interval over documents.
+    a, variances = ratios(rng, 60)
+    one_seed = bootstrap(np.divide, a[None], variances[None], rng=np.random.default_rng(7), axes=2)
+    plain = bootstrap(np.divide, a, variances, rng=np.random.default_rng(8))
+    assert one_seed.value == pytest.approx(float(plain.value), rel=1e-12)
+    assert one_seed.high - one_seed.low == pytest.approx(float(plain.high - plain.low), rel=0.1)
+
+
 def test_one_unit_has_no_interval():
     interval = bootstrap(np.divide, [1.0], [4.0], rng=np.random.default_rng(0))
     assert interval.value == 0.25
@@ -67,7 +83,7 @@ def test_one_unit_has_no_interval():
 
 @pytest.mark.parametrize("sums", [([1.0, 2.0], [1.0]), ([], []), (1.0, 2.0)])
 def test_sums_that_do_not_fit(sums):
-    with pytest.raises(ValueError, match="same last dimension"):
+    with pytest.raises(ValueError, match="must agree in their last 1 axes"):
         bootstrap(np.divide, *sums, rng=np.random.default_rng(0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ def bootstrap(
     rng: np.random.Generator,
     draws: int = 2000,
     level: float = 0.95,
+    axes: int = 1,
 ) -> Interval:
     """The percentile interval of a function of sums over units, such as documents.
 
@@ -43,26 +45,39 @@ def bootstrap(
         rng: what draws; the same state gives the same interval.
         draws: how many resamples.
         level: share of them within the interval.
+        axes: how many of the last axes are resampled, each by itself: 2 for sums `[..., S, N]` of S seeds and N
+            documents, in which every seed meets every document.
 
     Returns:
-        Arrays of the broadcast shape without N. Of a single unit no interval is known: low and high are NaN.
+        Arrays of the broadcast shape without the axes that are resampled. Of a single unit along the last one no
+        interval is known: low and high are NaN.
 
     Raises ValueError for sums of different N, or none, and for a level outside (0, 1).
     """
     parts = [np.asarray(part, dtype=np.float64) for part in sums]
-    numbers = {part.shape[-1] if part.ndim else 0 for part in parts}
-    if len(numbers) != 1 or 0 in numbers:
-        raise ValueError(f"sums must have the same last dimension, of at least 1, got {[p.shape for p in parts]}")
+    units = {part.shape[-axes:] for part in parts}
+    if len(units) != 1 or len(n := units.pop()) < axes or 0 in n:
+        shapes = [part.shape for part in parts]
+        raise ValueError(f"sums must agree in their last {axes} axes, none of them empty, got shapes {shapes}")
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}")
-    n = numbers.pop()
-    value = np.asarray(statistic(*(part.sum(-1) for part in parts)))
-    if n == 1:
+    over = tuple(range(-axes, 0))
+    value = np.asarray(statistic(*(part.sum(over) for part in parts)))
+    if n[-1] == 1:
         unknown = np.full_like(value, np.nan)
         return Interval(value, unknown, unknown)
     drawn = []
-    for first in range(0, draws, step := max(1, _COUNTS // n)):
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=min(step, draws - first)).astype(np.float64)
-        drawn.append(statistic(*(part @ counts.T for part in parts)))
+    for first in range(0, draws, step := max(1, _COUNTS // math.prod(n))):
+        size = min(step, draws - first)
+        counts = [rng.multinomial(of, np.full(of, 1 / of), size=size).astype(np.float64) for of in n]
+        drawn.append(statistic(*(_resampled(part, counts) for part in parts)))
     low, high = np.quantile(np.concatenate(drawn, -1), [(1 - level) / 2, (1 + level) / 2], axis=-1)
     return Interval(value, low, high)
+
+
+def _resampled(part: NDArray[np.float64], counts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The sums `[..., draws]` of `part [..., N_1, ..., N_m]` over its units, each times its count `[draws, N_i]`."""
+    drawn = part @ counts[-1].T
+    for count in reversed(counts[:-1]):
+        drawn = (drawn * count.T).sum(-2)
+    return drawn
