@@ -369,5 +369,5 @@ def test_wrong_rows_and_budgets_are_named(topk, own):
     ):
         with pytest.raises(UserError, match=f"^{name}: got "):
             call()
-    assert own.width() == 8 * BUDGET
+    assert own.width() == 4 * BUDGET
     assert made(Need(60)).width() == N_LATENTS

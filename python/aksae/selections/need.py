@@ -15,7 +15,7 @@ from aksae_kernels.pricing import lowest_price
 from ..distributed import gathered, global_max, global_sum
 from ..errors import UserError
 from ..probe import solve_psd
-from .selection import CAP, Chosen, Encoder, Selection, at_least
+from .selection import Chosen, Encoder, Selection, at_least
 
 if TYPE_CHECKING:
     from ..sae import SAE
@@ -54,8 +54,8 @@ class Need(Selection):
     k_min: int | None = None
     """The fewest latents of a row; None for an eighth of the budget, and at least 1."""
     k_max: int | None = None
-    """The most latents of a row, and the candidates that need is measured on; None for 8 budgets, or d_sae if that is
-    less."""
+    """The most latents of a row, and the candidates that need is measured on; None for 4 budgets, or d_sae if that is
+    less. Hardly a row needs more, and measuring costs as much as there are."""
     topk_share: float = 1 / 3
     """Share of a run that selects as TopK, so that there are latents to measure need on."""
     fits: int = 4
@@ -87,7 +87,7 @@ class Need(Selection):
         sae.register_buffer("need_bias", torch.tensor(float(self.budget)))
 
     def width(self, d_sae: int) -> int:
-        return min(CAP * self.budget, d_sae) if self.k_max is None else self.k_max
+        return min(4 * self.budget, d_sae) if self.k_max is None else self.k_max
 
     def mean_k(self) -> float:
         return self.budget
