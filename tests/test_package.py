@@ -38,6 +38,17 @@ def test_type_checkers_may_read_both_packages():
     assert (ROOT / "pyproject.toml").read_text().count('"py.typed"') == 2
 
 
+def test_every_package_is_installed():
+    # An editable installation has all that lies in the folders; a wheel has what is listed.
+    listed = re.search(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[1]
+    found = {
+        ".".join(init.parent.relative_to(base).parts)
+        for base, name in ((ROOT, "aksae_kernels"), (ROOT / "python", "aksae"))
+        for init in (base / name).rglob("__init__.py")
+    }
+    assert sorted(re.findall(r'"(.*?)"', listed)) == sorted(found)
+
+
 @pytest.mark.parametrize("command", ["bdist_wheel", "editable_wheel", "build_ext"])
 def test_a_build_without_torch_ends_with_one_line(command, tmp_path):
     shutil.copytree(ROOT / "aksae_kernels", tmp_path / "aksae_kernels", ignore=shutil.ignore_patterns("*.so"))
