@@ -1,4 +1,4 @@
-"""The command `aksae`: label, collect, train, eval, report, explain, steer, export, convert, adapt."""
+"""The command `aksae`: label, collect, train, eval, report, explain, steer, export, convert, adapt, study."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from .config import (
 from .errors import Notice, UserError, missing_module
 from .formats import Format, WrittenFormat
 from .sites import Hook
+from .study.plan import StudyConfig
 
 try:
     import tyro
@@ -121,6 +122,7 @@ def _status(arguments: Sequence[str] | None) -> int:
         "export": export,
         "convert": convert,
         "adapt": adapt,
+        "study": study,
     }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="aksae", description=__doc__, args=arguments)
@@ -442,6 +444,23 @@ def adapt(
     )
     if out is not None:
         print(f"SAE: {out}")
+
+
+def study(config: Annotated[StudyConfig, tyro.conf.arg(name="")]) -> None:
+    """Compare selections at equal L0: same tokens, updates and search for a learning rate, intervals, controls.
+
+    Whatever was done is kept: cut off at any moment, or with more seeds, budgets or selections, the same command goes
+    on. It prints a table; results.json, pareto.png and controls.png in the folder have all of it.
+    """
+    from .study import study
+    from .study.figures import write_figures
+    from .study.summary import lines
+
+    found = study(config, functools.partial(print, flush=True))
+    print("\nDifferences are relative; those in brackets have an interval that holds 0.")
+    _print_lines(lines(found, _MODELS))
+    for path in write_figures(found, _MODELS, config.output):
+        print(path)
 
 
 def _check_label_file(out: Path, overwrite: bool) -> None:

@@ -1,0 +1,170 @@
+"""What a study found: FVU and damage with their intervals, differences that are paired, and the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bootstrap import Interval, bootstrap
+from ..files import read_json
+from .layer import OWN, PRICED
+from .plan import StudyConfig, Trial
+
+BASELINES = ("topk", "batch-topk")
+"""What the others are compared with."""
+EQUAL = 0.005
+"""How far, as a share of the budget, mean L0 may be off it in a difference."""
+_DETAILS = ("l0", "l0_calibrated", "l0_std", "l0_p10", "l0_p90", "cosine", "dead", "dense")
+
+
+def summary(config: StudyConfig, planned: Sequence[Trial], facts: dict[str, Any]) -> dict[str, Any]:
+    """What `results.json` holds: `facts`, and three lists of records.
+
+    `fvu`: of each layer, budget, selection it was trained by and rule it is judged by, FVU with its 95 % interval,
+    means over seeds of the details, and by baseline the relative difference, `FVU / FVU of the baseline - 1`, with its
+    interval. `damage`: the rise of the model's cross-entropy in nats per token, the share of it that is recovered, and
+    the divergence, likewise. `controls`: FVU and L0 of each control, a mean over seeds.
+
+    Differences are between SAEs whose mean L0 is the budget to 0.5 %; where one has too few positive latents for that,
+    there is none. Intervals resample seeds and documents (`bootstrap`), the same ones for both sides of a difference.
+    """
+    records = {trial: read_json(config.output / "records" / f"{trial}.json", needs=dict) for trial in planned}
+    rng = np.random.default_rng(0)
+    found: dict[str, Any] = {**facts, "fvu": [], "damage": [], "controls": []}
+    for layer, budget in dict.fromkeys((trial.layer, trial.budget) for trial in planned):
+        here = [trial for trial in planned if (trial.layer, trial.budget) == (layer, budget)]
+        rules: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for trial in here:
+            for rule in (OWN, PRICED):
+                if rule in records[trial]:
+                    rules.setdefault((trial.selection, rule), []).append(records[trial][rule])
+        variance = np.array(facts["layers"][str(layer)]["variance"])
+        errors = {key: np.array([record["error"] for record in of_seeds]) for key, of_seeds in rules.items()}
+        place = {"layer": layer, "budget": budget}
+        for (selection, rule), error in errors.items():
+            over = np.broadcast_to(variance, error.shape)
+            details = {name: float(np.mean([record[name] for record in rules[selection, rule]])) for name in _DETAILS}
+            against = {
+                name: _interval(bootstrap(_relative, error, errors[name, OWN], rng=rng, axes=2))
+                for name in BASELINES
+                if (name, OWN) in errors
+                and (name, OWN) != (selection, rule)
+                and _equal(budget, rules[selection, rule], rules[name, OWN])
+            }
+            fvu = _interval(bootstrap(np.divide, error, over, rng=rng, axes=2))
+            found["fvu"].append({**place, "selection": selection, "rule": rule, **fvu, **details, "against": against})
+        found["damage"] += [{**place, **record} for record in _damage(config, here, rng)]
+        found["controls"] += [{**place, **record} for record in _controls(here, records)]
+    return found
+
+
+def _damage(config: StudyConfig, here: Sequence[Trial], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Of each selection and rule that was spliced into the model: `value` is the damage."""
+    rises: dict[tuple[str, str], list[NDArray]] = {}
+    divergences: dict[tuple[str, str], list[NDArray]] = {}
+    recoverable: dict[str, NDArray] = {}
+    for trial in here:
+        path = config.output / "ce" / f"layer-{trial.layer}_seed-{trial.seed}.json"
+        if not path.is_file():
+            continue
+        losses = read_json(path, needs=dict)
+        document = np.unique(losses["document"], return_inverse=True)[1]
+        clean = np.array(losses["clean"])
+        ones = _sums(np.ones_like(clean), document)
+        recoverable = {
+            name: _sums(np.array(losses[name]) - clean, document) for name in ("mean_ablated", "zero_ablated")
+        }
+        for rule in (OWN, PRICED):
+            if (name := f"{trial}/{rule}") in losses["spliced"]:
+                key = trial.selection, rule
+                rises.setdefault(key, []).append(_sums(np.array(losses["spliced"][name]) - clean, document))
+                divergences.setdefault(key, []).append(_sums(np.array(losses["divergence"][name]), document))
+    found = []
+    for (selection, rule), of_seeds in rises.items():
+        rise = np.stack(of_seeds)
+        against = {
+            name: _interval(bootstrap(_relative, rise, np.stack(rises[name, OWN]), rng=rng, axes=2))
+            for name in BASELINES
+            if (name, OWN) in rises and (name, OWN) != (selection, rule)
+        }
+        mean = _interval(bootstrap(np.divide, rise, np.broadcast_to(ones, rise.shape), rng=rng, axes=2))
+        recovered = {
+            f"recovered_{name.removesuffix('_ablated')}": float(1 - rise.sum() / (len(rise) * possible.sum()))
+            for name, possible in recoverable.items()
+        }
+        kl = float(np.stack(divergences[selection, rule]).sum() / (len(rise) * ones.sum()))
+        found.append({"selection": selection, "rule": rule, **mean, "kl": kl, **recovered, "against": against})
+    return found
+
+
+def _controls(here: Sequence[Trial], records: dict[Trial, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each control with the weights of each selection, the mean over seeds."""
+    by_weights: dict[str, list[dict[str, Any]]] = {}
+    for trial in here:
+        if "controls" in records[trial]:
+            by_weights.setdefault(trial.selection, []).append(records[trial]["controls"])
+    return [
+        {
+            "weights": weights,
+            "control": name,
+            **{key: float(np.mean([s[name][key] for s in of_seeds])) for key in value},
+        }
+        for weights, of_seeds in by_weights.items()
+        for name, value in of_seeds[0].items()
+    ]
+
+
+def _equal(budget: int, *compared: list[dict[str, Any]]) -> bool:
+    """Whether all records are at the budget, so that a difference between them says something."""
+    return all(abs(record["l0"] / budget - 1) <= EQUAL for records in compared for record in records)
+
+
+def _relative(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    return a / b - 1
+
+
+def _sums(values: NDArray[np.float64], document: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.bincount(document, weights=values)
+
+
+def _interval(interval: Interval) -> dict[str, float]:
+    return {name: float(value) for name, value in interval._asdict().items()}
+
+
+def lines(found: dict[str, Any], names: dict[str, str]) -> list[list[str]]:
+    """The comparison as cells: a head, then a line for each layer, budget, selection and rule. `names` are those of the
+    selections."""
+    head = ["block", "L0", "trained by", "judged by", "FVU", "95 %", "vs TopK", "vs BatchTopK", "CE damage", "KL"]
+    damage = {_key(record): record for record in found["damage"]}
+    table = [head]
+    for record in found["fvu"]:
+        spliced = damage.get(_key(record))
+        table.append(
+            [
+                str(record["layer"]),
+                f"{record['l0']:.1f}",
+                names[record["selection"]],
+                "its own rule" if record["rule"] == OWN else "a price",
+                f"{record['value']:.4f}",
+                f"{record['low']:.4f} to {record['high']:.4f}",
+                *(_percent(record["against"].get(name)) for name in BASELINES),
+                "" if spliced is None else f"{spliced['value']:.4f}",
+                "" if spliced is None else f"{spliced['kl']:.4f}",
+            ]
+        )
+    return table
+
+
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("layer", "budget", "selection", "rule"))
+
+
+def _percent(interval: dict[str, float] | None) -> str:
+    """A relative difference; one whose interval holds 0 is in brackets."""
+    if interval is None:
+        return ""
+    text = f"{100 * interval['value']:+.1f} %"
+    return f"({text})" if interval["low"] <= 0 <= interval["high"] else text
