@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from aksae import SAE, BatchTopK, JumpReLU, SAEConfig
-from aksae.selections.batch_topk import running_threshold
+from aksae import SAE, AdaptiveK, BatchTopK, JumpReLU, Matryoshka, SAEConfig, TopK, UserError, calibrate
+from aksae.selections.batch_topk import running_threshold, threshold_for
 from aksae.selections.jumprelu import jumprelu, step
 from aksae.selections.matryoshka import groups
 
@@ -110,3 +110,59 @@ def test_a_running_mean_does_not_stand_still_in_16_bits(tmp_path):
     assert again.threshold.dtype == torch.float32
     assert again.W_dec.dtype == torch.bfloat16
     assert torch.equal(again.threshold, sae.threshold)
+
+
+def untrained(selection) -> SAE:
+    sae = SAE(SAEConfig(16, 64, selection), generator=torch.Generator().manual_seed(0)).eval()
+    with torch.no_grad():
+        if isinstance(selection, JumpReLU):
+            sae.log_threshold.copy_(torch.linspace(-2, 1, 64))
+    return sae
+
+
+THRESHOLDS = [BatchTopK(4), Matryoshka(BatchTopK(4), (16, 64)), JumpReLU(4)]
+
+
+@pytest.mark.parametrize("selection", THRESHOLDS, ids=lambda selection: type(selection).__name__)
+@pytest.mark.parametrize("budget", [None, 1.5, 6, 20])
+def test_a_calibrated_threshold_gives_rows_their_budget(selection, budget):
+    sae = untrained(selection)
+    x = torch.randn(1000, 16, generator=torch.Generator().manual_seed(1))
+    before = sae.log_threshold.detach().clone() if isinstance(selection, JumpReLU) else None
+    constant = calibrate(sae, x, budget, batch_size=333)
+    # To the nearest whole number of latents of all rows; one more or less where a product has other bits.
+    assert abs(int(sae.encode(x).counts.sum()) - 1000 * (budget or 4)) <= 1
+    if before is None:
+        assert constant == float(sae.threshold)
+    else:
+        # All by one factor, so that what one latent needs beside another stays.
+        torch.testing.assert_close(sae.log_threshold.exp(), constant * before.exp())
+
+
+@pytest.mark.parametrize("selection", THRESHOLDS, ids=lambda selection: type(selection).__name__)
+def test_a_budget_beyond_what_is_positive_keeps_all_of_that(selection):
+    sae, x = untrained(selection), torch.ones(5, 16)
+    positive = int((x @ sae.W_enc.T > 0).sum(-1)[0])
+    assert positive > 32 - 8
+    width = sae.width()
+    calibrate(sae, x, width)
+    assert sae.encode(x).counts.tolist() == [min(positive, width)] * 5
+
+
+@pytest.mark.parametrize("selection", THRESHOLDS, ids=lambda selection: type(selection).__name__)
+def test_what_no_row_can_have_is_named(selection):
+    sae = untrained(selection)
+    for budget in (0, 33):
+        with pytest.raises(UserError, match=r"^budget: got .* at most 32"):
+            calibrate(sae, torch.ones(5, 16), budget)
+
+
+@pytest.mark.parametrize("selection", [TopK(4), AdaptiveK()], ids=lambda selection: type(selection).__name__)
+def test_a_k_of_each_row_has_no_constant(selection):
+    with pytest.raises(UserError, match=r"^sae: got .* needs Priced, Need, BatchTopK"):
+        calibrate(SAE(SAEConfig(16, 400, selection)), torch.ones(5, 16), 4)
+
+
+def test_a_threshold_lies_between_what_is_kept_and_what_is_not():
+    codes = topk_select(torch.tensor([[5.0, 3.0, -1.0], [7.0, 6.0, 0.5]]), k=3)
+    assert [float(threshold_for([codes], n / 2)) for n in (0.1, 1, 2, 3, 4, 5, 6)] == [6.5, 6.5, 5.5, 4, 1.75, 0, 0]

@@ -21,23 +21,26 @@ CALIBRATED = 16_384
 def calibrate(
     sae: SAE, rows: Tensor, budget: float | None = None, *, target: Tensor | None = None, batch_size: int = 4096
 ) -> float:
-    """Let `rows` keep `budget` latents in the mean: set, and return, a `Priced` SAE's price or a `Need` SAE's bias.
+    """Let `rows` keep `budget` latents in the mean: set, and return, the constant of an SAE's selection that decides.
+
+    That is the price of `Priced`, the bias of `Need`, the threshold of `BatchTopK` and of a `Matryoshka` of it; the
+    thresholds of `JumpReLU` are all multiplied by one factor, which is returned.
 
     Take rows that were not trained on: the error of those that were is smaller, so that fewer latents pay, and the same
     price gives other rows 10 % more. A few thousand give the mean to half a percent. Several budgets of one SAE are
-    several prices, or biases, of it.
+    several constants of it.
 
     Args:
-        sae: its price or bias is set in place, in the units of training.
-        rows: `[N, D]`, as `SAE.encode` takes them, on any device. Candidates of a `Priced` SAE are held in memory
+        sae: its constant is set in place, in the units of training.
+        rows: `[N, D]`, as `SAE.encode` takes them, on any device. But for `Need`, candidates are held in memory
             together.
         budget: None for the selection's own.
-        target: `[N, D_out]`, for a transcoder; a `Need` SAE needs none.
+        target: `[N, D_out]`, for a transcoder at a price; others need none.
         batch_size: rows encoded at a time.
 
     Raises:
-        UserError: another selection, no rows, or a budget that no row can have: above 0 and at most the candidates of a
-            row (`Priced`), from k_min to k_max (`Need`).
+        UserError: another selection, no rows, or a budget that no row can have: above 0 and at most `SAE.k_bound`,
+            from k_min to k_max for `Need`.
         ValueError: a transcoder with latents at a price, without a target.
     """
     selection = sae.config.selection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from aksae_kernels import SparseCodes, batch_topk_encode, threshold_encode
 
 from ..distributed import global_min
-from .selection import CAP, Chosen, Encoder, Selection, at_least
+from .selection import CAP, Chosen, Encoder, Selection, at_least, check_budget
 
 if TYPE_CHECKING:
     from ..sae import SAE
@@ -25,7 +26,7 @@ class BatchTopK(Selection):
     A row first keeps its `k_max` largest, then the budget applies. At inference, where a row must not depend on its
     batch, it keeps what is above one threshold, the running mean of the smallest activation selected in training:
     `running_threshold`. An SAE that was not trained yet has the threshold 0. `sae.train()` and `sae.eval()` choose
-    between the two.
+    between the two. `aksae.calibrate` sets the threshold by the mean L0 of rows that were not trained on.
     """
 
     k: int
@@ -71,6 +72,12 @@ class BatchTopK(Selection):
         sae.threshold.copy_(threshold)
         sae.threshold_steps.copy_(steps)
 
+    @torch.no_grad()
+    def calibrate(self, sae: SAE, rows: Iterable[tuple[Tensor, Tensor | None]], budget: float) -> Tensor:
+        check_budget(budget, sae.width())
+        sae.threshold.copy_(threshold_for([sae.encoder(x).topk(sae.width()) for x, _ in rows], budget))
+        return sae.threshold
+
     def __str__(self) -> str:
         return f"BatchTopK, k = {self.k}"
 
@@ -95,3 +102,15 @@ def running_threshold(threshold: Tensor, steps: Tensor, codes: SparseCodes, deca
         torch.where(usable, kept * threshold + (1 - kept) * torch.where(usable, smallest, 0), threshold),
         steps + usable,
     )
+
+
+def threshold_for(candidates: Sequence[SparseCodes], budget: float) -> Tensor:
+    """The threshold `[]` above which rows keep `budget` of their candidates `[..., K]` in the mean, to the nearest
+    latent of all rows; 0 where they have no more than that.
+
+    It lies halfway between the smallest value that is kept and the largest that is not. Values that are equal are kept
+    or left out together.
+    """
+    values = torch.cat([codes.values[codes.mask()] for codes in candidates]).sort(descending=True).values
+    n_kept = max(1, round(budget * sum(codes.counts.numel() for codes in candidates)))
+    return values[n_kept - 1 : n_kept + 1].mean() if n_kept < len(values) else values.new_zeros(())

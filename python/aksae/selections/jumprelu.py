@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -12,7 +13,8 @@ from aksae_kernels import SparseCodes, batch_topk_encode, sparse_encode, thresho
 
 from ..distributed import global_mean, global_rows
 from ..errors import UserError
-from .selection import CAP, Chosen, Encoder, Selection, at_least
+from .batch_topk import threshold_for
+from .selection import CAP, Chosen, Encoder, Selection, at_least, check_budget
 
 if TYPE_CHECKING:
     from ..sae import SAE
@@ -28,7 +30,8 @@ class JumpReLU(Selection):
         penalty * ((L0 / l0) - 1)^2,
 
     as a share of the variance of what is reconstructed, so that neither depends on the units of the activations. They
-    start, all alike, at the number that gives the first batch a mean L0 of `l0`.
+    start, all alike, at the number that gives the first batch a mean L0 of `l0`. `aksae.calibrate` multiplies them all
+    by the factor at which rows that were not trained on have the mean L0 that is asked for.
     """
 
     l0: int = 64
@@ -92,6 +95,18 @@ class JumpReLU(Selection):
         l0 = global_mean(fires, global_rows(x))
         target = self.l0 if k is None else k
         return Chosen(near._replace(values=values), self.penalty * (l0 / target - 1).square())
+
+    @torch.no_grad()
+    def calibrate(self, sae: SAE, rows: Iterable[tuple[Tensor, Tensor | None]], budget: float) -> Tensor:
+        check_budget(budget, sae.width())
+        theta = sae.log_threshold.exp()
+        candidates = [sae.encoder(x).topk(sae.width()) for x, _ in rows]
+        # In units of their latents' thresholds, where one threshold holds for all.
+        relative = [codes._replace(values=codes.values / _at(theta, codes)) for codes in candidates]
+        factor = threshold_for(relative, budget)
+        # The logarithm of a threshold has no number for 0.
+        sae.log_threshold.add_(factor.clamp_min(torch.finfo(factor.dtype).tiny).log())
+        return factor
 
     def __str__(self) -> str:
         return f"JumpReLU, L0 of {self.l0}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -72,6 +73,9 @@ class Matryoshka(Selection):
 
     def after_step(self, sae: SAE, codes: SparseCodes, k: int | Tensor | None) -> None:
         self.inner.after_step(sae, codes, k)
+
+    def calibrate(self, sae: SAE, rows: Iterable[tuple[Tensor, Tensor | None]], budget: float) -> Tensor:
+        return self.inner.calibrate(sae, rows, budget)
 
     def __str__(self) -> str:
         return f"Matryoshka of {len(self.prefixes)}, {self.inner}"

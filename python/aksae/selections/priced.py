@@ -14,7 +14,7 @@ from aksae_kernels import SparseCodes, encode_at, price_for, price_select
 
 from ..distributed import global_rows, global_sum
 from ..errors import UserError
-from .selection import Chosen, Encoder, Selection, at_least
+from .selection import Chosen, Encoder, Selection, at_least, check_budget
 
 if TYPE_CHECKING:
     from ..sae import SAE
@@ -109,10 +109,7 @@ class Priced(Selection):
 
     @torch.no_grad()
     def calibrate(self, sae: SAE, rows: Iterable[tuple[Tensor, Tensor | None]], budget: float) -> Tensor:
-        if not 0 < budget <= sae.width():
-            raise UserError(
-                f"budget: got {budget}, needs a number above 0 and at most {sae.width()}, a row's candidates"
-            )
+        check_budget(budget, sae.width())
         parts = [(sae.encoder(x).topk(sae.width()), sae.wanted(x, target)) for x, target in rows]
         price = price_for(parts, sae.W_dec, sae.b_dec, budget, self.walks(training=False))
         sae.price.copy_(price)

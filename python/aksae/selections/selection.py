@@ -127,11 +127,18 @@ class Selection:
         """Set the constant at which rows, in batches of `x [B, D]` and a transcoder's `target [B, D_out]` or None, keep
         `budget` latents in the mean, and return it: `[]`. UserError for a budget out of range."""
         raise UserError(
-            f"sae: got {self}, needs a selection whose rows differ in L0, Priced or Need; aksae.adapt makes any SAE one"
+            f"sae: got {self}, whose rows have a k that no mean sets, needs Priced, Need, BatchTopK, JumpReLU or "
+            "Matryoshka; aksae.adapt gives any SAE a price"
         )
 
     def __str__(self) -> str:
         raise NotImplementedError
+
+
+def check_budget(budget: float, width: int) -> None:
+    """Raise UserError unless rows of at most `width` latents can have `budget` of them in the mean."""
+    if not 0 < budget <= width:
+        raise UserError(f"budget: got {budget}, needs a number above 0 and at most {width}, the most latents of a row")
 
 
 def at_least(name: str, value: int, low: int, d_sae: int) -> None:
