@@ -120,6 +120,15 @@ def logit_effect(model: LanguageModel, directions: Tensor) -> list[Tensor]:
     return list(logits[:-1] - logits[-1])
 
 
+def strongest_contexts(activations: Tensor, contexts: Tensor, n: int) -> list[Tensor]:
+    """The rows, bool `[N]`, of each of the `n` contexts with the largest of `activations [N]`: the largest first, the
+    earlier first where two are alike, and fewer where fewer have one above 0. `contexts [N]` is each row's."""
+    numbers, of_row = contexts.unique(return_inverse=True)
+    strongest = torch.zeros(len(numbers)).scatter_reduce(0, of_row, activations.float(), "amax")
+    best = strongest.sort(descending=True, stable=True)
+    return [of_row == number for number in best.indices[:n][best.values[:n] > 0].tolist()]
+
+
 def described(explained: dict[str, Any]) -> str:
     """What `explain` found, as text: in each example the tokens on which the latent fires are in «», and the largest
     activation stands before it."""
@@ -251,15 +260,10 @@ def _strongest_tokens(effect: Tensor | None, n: int, tokenizer) -> dict[str, Any
 
 
 def _examples(activations: Tensor, ids: Tensor, contexts: Tensor, n: int, tokenizer) -> list[dict[str, Any]]:
-    """The `n` contexts in which the latent is strongest, the earlier first where two are alike."""
-    numbers, of_row = contexts.unique(return_inverse=True)
-    strongest = torch.zeros(len(numbers)).scatter_reduce(0, of_row, activations.float(), "amax")
-    best = strongest.sort(descending=True, stable=True)
-    chosen = best.indices[:n][best.values[:n] > 0].tolist()
     return [
         {
-            "tokens": [tokenizer.decode([token]) for token in ids[of_row == number].tolist()],
-            "activations": activations[of_row == number].tolist(),
+            "tokens": [tokenizer.decode([token]) for token in ids[rows].tolist()],
+            "activations": activations[rows].tolist(),
         }
-        for number in chosen
+        for rows in strongest_contexts(activations, contexts, n)
     ]
