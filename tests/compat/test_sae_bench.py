@@ -10,10 +10,12 @@ import types
 
 import pytest
 import torch
-from aksae import AdaptiveK, AdaptiveKSAE, KMap, SAEConfig, TopK, UserError
+from aksae import SAE, AdaptiveK, AdaptiveKSAE, KMap, Priced, SAEConfig, TopK, UserError, calibrate
 from aksae.hosts import _codes
 from aksae.hosts.sae_bench import SAEBenchAdapter
 from torch import nn
+
+from aksae_kernels import price_select
 
 D, F, K_MAX = 16, 256, 24
 
@@ -72,6 +74,39 @@ def test_to(dtype):
     assert adapter.cfg.dtype == str(dtype).removeprefix("torch.")
     # Activations may come in the dtype of a language model.
     assert adapter.encode(x).dtype == adapter(x).dtype == adapter.decode(adapter.encode(x)).dtype == dtype
+
+
+def make_priced() -> SAE:
+    sae = SAE(SAEConfig(D, F, Priced(3, k_max=K_MAX)), generator=torch.Generator().manual_seed(1)).eval()
+    calibrate(sae, randn(2000, D, seed=7))
+    return sae
+
+
+@pytest.mark.parametrize("shape", [(30,), (4, 7)], ids=str)
+def test_latents_at_a_price_are_those_that_pay(shape):
+    sae, x = make_priced(), randn(*shape, D)
+    adapter = SAEBenchAdapter(sae, model_name="pythia-70m-deduped", hook_layer=3, architecture="priced")
+    candidates = sae.encode(x, k=sae.k_bound)
+    kept = price_select(candidates, sae.W_dec, sae.b_dec, x, price=sae.price, passes=2)
+    with torch.inference_mode():
+        acts = adapter.encode(x)
+    assert torch.equal(acts, kept.to_dense(F))
+    assert 0 < int(acts.count_nonzero()) < int(candidates.counts.sum())
+    torch.testing.assert_close(adapter.decode(acts), adapter(x))
+    # At another price it has other latents.
+    calibrate(sae, randn(2000, D, seed=7), 2)
+    assert int(adapter.encode(x).count_nonzero()) < int(acts.count_nonzero())
+
+
+def test_a_price_is_not_rounded_with_the_weights():
+    sae, x = make_priced(), randn(200, D)
+    adapter, price = SAEBenchAdapter(sae, model_name="pythia-70m-deduped", hook_layer=3), float(sae.price)
+    assert float(torch.tensor(price).bfloat16()) != price
+    adapter.to(torch.bfloat16)
+    assert adapter.dtype == torch.bfloat16
+    assert float(sae.price) == price
+    assert adapter.encode(x).count_nonzero(-1).double().mean() == pytest.approx(3, rel=0.1)
+    assert adapter.to(torch.float64).sae.price.dtype == torch.float64
 
 
 def negative(acts):
@@ -272,3 +307,66 @@ def test_the_explained_variance_of_the_host_depends_on_the_scale(bench):
         explained.append(metrics["reconstruction_quality"])
     assert explained[0]["cossim"] == pytest.approx(explained[1]["cossim"], rel=1e-4)
     assert explained[0]["explained_variance"] != pytest.approx(explained[1]["explained_variance"], abs=0.02)
+
+
+# A network would bring language models and data sets; the functions that read the SAE are run on made activations.
+
+
+@pytest.mark.filterwarnings("ignore:'penalty' was deprecated:FutureWarning")
+def test_sparse_probing_of_latents_at_a_price(bench, tmp_path, monkeypatch):
+    """SAEBench's sparse probing, on a file of activations such as it keeps: classes that differ in one latent."""
+    from sae_bench.evals.sparse_probing import probe_training
+    from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+    from sae_bench.evals.sparse_probing.main import run_eval_single_dataset
+
+    # With beartype 0.23 the host's check of this one takes the sizes of its caller for its own, and fails on any SAE.
+    monkeypatch.setattr(probe_training, "train_sklearn_probe", probe_training.train_sklearn_probe.__wrapped__)
+    sae = make_priced()
+    adapter = SAEBenchAdapter(sae, model_name="pythia-70m-deduped", hook_layer=3)
+
+    def activations(seed):
+        acts = {name: 0.3 * randn(40, 6, D, seed=seed + place) for place, name in enumerate(("0", "1", "2"))}
+        acts["1"] += 3 * sae.W_dec[5].detach()
+        return acts
+
+    path = tmp_path / "made_activations.pt"
+    torch.save({"train": activations(0), "test": activations(10), "llm_results": {}}, path)
+    config = SparseProbingEvalConfig(model_name="pythia-70m-deduped", k_values=[1, 2])
+    results, per_class = run_eval_single_dataset(
+        "made", config, adapter, None, 3, "blocks.3.hook_resid_post", "cpu", str(tmp_path), save_activations=False
+    )
+    assert per_class["sae_top_1_test_accuracy"]["1"] > 0.95
+    assert results["sae_test_accuracy"] > 0.6
+
+
+def test_absorption_of_latents_at_a_price(bench):
+    """SAEBench's absorption: a latent that says a word and its first letter leaves that of the letter silent."""
+    from sae_bench.evals.absorption.feature_absorption_calculator import FeatureAbsorptionCalculator
+
+    letter, word = torch.eye(D)[0], torch.eye(D)[1]
+    sae = SAE(SAEConfig(D, F, Priced(2, k_max=8)), generator=torch.Generator().manual_seed(1)).eval()
+    with torch.no_grad():
+        sae.W_dec[0], sae.W_dec[1] = letter, (letter + word) / 2**0.5
+        sae.W_enc.copy_(sae.W_dec)
+        sae.price.fill_(0.1)
+    adapter = SAEBenchAdapter(sae, model_name="pythia-70m-deduped", hook_layer=3)
+
+    class Spelling:
+        """Prompts of words with one length; "cat" has the latent of its own, "cow" has that of its letter."""
+
+        def to_tokens(self, prompt):
+            return torch.zeros(1, 7)
+
+        def run_with_cache(self, prompts, names_filter):
+            x = torch.stack([letter + word if prompt.endswith("cat:") else letter for prompt in prompts])
+            return None, {names_filter[0]: x.unsqueeze(1).expand(-1, 7, -1)}
+
+    calculator = FeatureAbsorptionCalculator(Spelling(), icl_word_list=["dog"], max_icl_examples=1)
+    found = calculator.calculate_absorption(adapter, ["cat", "cow"], letter, [0], layer=3, show_progress=False)
+    cat, cow = found.word_results
+    # Among the candidates of "cat" the letter is, too: at a fixed k it fires with the word, at a price it does not.
+    assert sae.encode(letter + word, k=8).to_dense(F)[0] > 0
+    assert cat.main_feature_scores[0].activation == 0
+    assert cat.is_full_absorption
+    assert cow.main_feature_scores[0].activation == pytest.approx(1)
+    assert not cow.is_full_absorption

@@ -1,6 +1,15 @@
-"""An SAE of this package with the interface that SAEBench's evaluations read.
+"""An SAE of this package with the interface that SAEBench's and sae-probes' evaluations read.
 
-Imports nothing of SAEBench; tested with sae-bench 0.6.0.
+Imports nothing of either; tested with sae-bench 0.6.0, and by hand with sae-probes 0.4.2. Their evaluations load
+language models and data sets from the Hugging Face hub, for which a network is needed:
+
+    adapter = SAEBenchAdapter(sae, model_name=name, hook_layer=3)
+    sae_bench.evals.absorption.main.run_eval(AbsorptionEvalConfig(model_name=name), [("mine", adapter)], device, out)
+    sae_bench.evals.sparse_probing.main.run_eval(SparseProbingEvalConfig(model_name=name), [("mine", adapter)], ...)
+    sae_probes.run_sae_evals(adapter, name, adapter.cfg.hook_name, reg_type="l1", setting="normal", device=device)
+
+With beartype 0.23 SAEBench's sparse probing fails in a type check of its own, whatever the SAE: JAXTYPING_DISABLE=1.
+`aksae.sparse_probing` is a small measurement of the same kind without one.
 """
 
 from __future__ import annotations
@@ -54,8 +63,9 @@ class SAEBenchAdapter(nn.Module):
     """`sae` as SAEBench takes it: `selected_saes = [("name", SAEBenchAdapter(sae, ...))]`.
 
     `encode` gives dense latents `[..., F]` and `decode` takes them, changed or not; `forward` stays sparse. `W_enc` is
-    `[D, F]`, `W_dec` `[F, D]`. In a 16-bit dtype, to which SAEBench casts an SAE where its model has one, the probe is
-    rounded too, and k moves by about one.
+    `[D, F]`, `W_dec` `[F, D]`. Latents at a price are those that pay at the price of `sae`, which `aksae.calibrate`
+    sets. In a 16-bit dtype, to which SAEBench casts an SAE where its model has one, prices and thresholds keep their
+    precision; AdaptiveK's probe is rounded, and k moves by about one.
 
     Args:
         sae: an `aksae.SAE`, whatever its selection, or a module with `W_enc` and `W_dec` `[F, D]`, `b_enc`,
@@ -121,8 +131,15 @@ class SAEBenchAdapter(nn.Module):
         return self.sae.W_dec.dtype
 
     def to(self, *args, **kwargs) -> SAEBenchAdapter:
-        """As for every module; `cfg.dtype` and `cfg.device` follow."""
+        """As for every module, but for what `Selection.exact` names, which is not rounded; `cfg.dtype` and `cfg.device`
+        follow."""
+        names = self.sae.config.selection.exact if isinstance(self.sae, SAE) else ()
+        before = {name: getattr(self.sae, name).data for name in names}
         super().to(*args, **kwargs)
+        for name, value in before.items():
+            tensor = getattr(self.sae, name)
+            if tensor.dtype.itemsize < value.dtype.itemsize:
+                tensor.data = value.to(tensor.device)
         self.cfg.dtype, self.cfg.device = dtype_name(self.dtype), str(self.device)
         return self
 
