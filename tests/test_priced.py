@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from aksae import SAE, BatchTopK, FitConfig, JumpReLU, Priced, SAEConfig, TopK, UserError, adapt, calibrate, fit
 from aksae.callbacks import Records
+from aksae.errors import Notice
 
 from aksae_kernels import price_select
 
@@ -169,6 +170,22 @@ def test_the_mean_l0_of_the_rows_is_the_budget_to_half_a_percent(priced):
         price = calibrate(priced, x, budget, batch_size=999)
         assert price == float(priced.price)
         assert abs(float(priced.encode(x).counts.float().mean()) / budget - 1) < 0.005
+
+
+def test_a_budget_beyond_what_lowers_the_error_is_said(priced, recwarn):
+    x = rows(512, seed=11)
+    calibrate(priced, x, 9)
+    assert not recwarn
+    # Pairs of latents that fire together for one direction: a second one adds nothing.
+    sae = SAE(SAEConfig(D, 12, Priced(6)))
+    sae.W_enc.data[6:], sae.W_dec.data[6:] = sae.W_enc[:6], sae.W_dec[:6]
+    with pytest.warns(
+        Notice, match=r"^budget: got 6 latents of a row in the mean, and only \S+ of 12 candidates"
+    ) as said:
+        calibrate(sae, x)
+    kept = float(sae.encode(x).counts.double().mean())
+    assert float(str(said[0].message).split()[12]) == pytest.approx(kept, rel=0.02)
+    assert 0 < kept < 5.8
 
 
 def test_scales_do_not_matter(topk):

@@ -30,6 +30,9 @@ def calibrate(
     price gives other rows 10 % more. A few thousand give the mean to half a percent. Several budgets of one SAE are
     several constants of it.
 
+    Where fewer latents lower the error than the budget asks for, even without a price, all of these are kept. Short of
+    it by more than 2 %, a `Notice` says so, with both numbers.
+
     Args:
         sae: its constant is set in place, in the units of training.
         rows: `[N, D]`, as `SAE.encode` takes them, on any device. But for `Need`, candidates are held in memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -13,11 +14,14 @@ from torch import Tensor
 from aksae_kernels import SparseCodes, encode_at, price_for, price_select
 
 from ..distributed import global_rows, global_sum
-from ..errors import UserError
+from ..errors import Notice, UserError
 from .selection import Chosen, Encoder, Selection, at_least, check_budget
 
 if TYPE_CHECKING:
     from ..sae import SAE
+
+_REACHED = 0.98
+"""A mean L0 of less than this share of a budget is said."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,18 @@ class Priced(Selection):
     def calibrate(self, sae: SAE, rows: Iterable[tuple[Tensor, Tensor | None]], budget: float) -> Tensor:
         check_budget(budget, sae.width())
         parts = [(sae.encoder(x).topk(sae.width()), sae.wanted(x, target)) for x, target in rows]
-        price = price_for(parts, sae.W_dec, sae.b_dec, budget, self.walks(training=False))
+        passes = self.walks(training=False)
+        price = price_for(parts, sae.W_dec, sae.b_dec, budget, passes)
         sae.price.copy_(price)
+        free = [price_select(codes, sae.W_dec, sae.b_dec, y, price=0.0, passes=passes).counts for codes, y in parts]
+        most = float(torch.cat([counts.flatten() for counts in free]).double().mean())
+        if most < _REACHED * budget:
+            warnings.warn(
+                f"budget: got {budget:g} latents of a row in the mean, and only {most:.4g} of {sae.width()} candidates "
+                "lower its error at all: so many are kept",
+                Notice,
+                stacklevel=3,
+            )
         return price
 
     def __str__(self) -> str:
