@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from .collect import StoredDtype
 from .config import (
+    EvaluationMetric,
     ExportTarget,
     LabelConfig,
     ModelChoice,
     ModelConfig,
     ProbeReads,
+    TextChoice,
     TextConfig,
     TrainConfig,
     cache_folder,
@@ -257,15 +259,53 @@ def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")], resume: Path |
     print(f"report: {result.folder / 'report.html'}" if adaptive else f"SAE: {result.folder / config.selection}")
 
 
-def evaluate(run: tyro.conf.Positional[Path]) -> None:
-    """Evaluate the checkpoints of a run again, on its held-out documents.
+def evaluate(
+    run: tyro.conf.Positional[Path],
+    model: ModelChoice,
+    text: TextChoice,
+    metrics: tuple[EvaluationMetric, ...] = (),
+    site: Hook | None = None,
+    recalibrate: bool = False,
+    out: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Evaluate the checkpoints of a run again, on its held-out documents, or elsewhere.
+
+    Without options the run's eval.json is written again, on the same data or not at all. With any, all SAEs of the run
+    are evaluated on the text, layer or model asked for, into a file of its own. Its documents are all evaluated on:
+    take others than were trained on. With the run's own text settings they are those that it held out.
 
     Args:
-        run: folder of the run.
+        run: folder of a run, or of an SAE (in a run, such as its baseline, or by itself, with --model.name,
+            --model.layer and --text.source).
+        metrics: reconstruction (none for that alone); ce for the model's cross-entropy and KL divergence with the
+            reconstruction in place of the activations.
+        site: place in the block that is read; None for the one that the run says, else resid_post.
+        recalibrate: set prices and biases by the first half of the documents, so that the mean L0 is the budget, and
+            evaluate on the second half.
+        out: a .json file to write; None for eval-MODEL-SITE-TEXT-DIGEST.json in RUN.
+        overwrite: write even where OUT is there.
     """
+    from .elsewhere import evaluate_elsewhere
     from .evaluate import evaluate_run
+    from .files import WEIGHTS
 
-    _print_table(evaluate_run(run))
+    chosen = (model, text, metrics, site, recalibrate, out, overwrite)
+    if chosen == (ModelChoice(), TextChoice(), (), None, False, None, False) and not (run / WEIGHTS).is_file():
+        _print_table(evaluate_run(run))
+        return
+    done = evaluate_elsewhere(
+        run,
+        model=model,
+        text=text,
+        hook=site,
+        metrics=metrics or ("reconstruction",),
+        recalibrate=recalibrate,
+        out=out,
+        overwrite=overwrite,
+    )
+    _print_elsewhere(done.evaluation)
+    print(f"evaluation: {done.file}")
 
 
 def report(run: tyro.conf.Positional[Path]) -> None:
@@ -484,6 +524,30 @@ def _print_table(evaluation: dict[str, Any]) -> None:
     _print_lines(lines)
 
 
+def _print_elsewhere(evaluation: dict[str, Any]) -> None:
+    """What was evaluated on, and the SAEs' metrics, one a line."""
+    held_out = " that the run held out" if evaluation["held_out"] else ""
+    where = f"{evaluation['text']['source']}, {evaluation['model']['name']}, {evaluation['site']}"
+    print(f"\n{evaluation['rows']:,} tokens of {evaluation['documents']:,} documents{held_out}: {where}")
+    if evaluation["recalibrated"]:
+        print(f"{evaluation['calibrated']:,} tokens of other documents set prices and biases")
+    if losses := evaluation.get("cross_entropy"):
+        print(_cross_entropies(**losses))
+    columns = {**_COLUMNS, **_SPLICED}
+    shown = [key for key in columns if all(key in metrics for metrics in evaluation["models"].values())]
+    lines = [["", *(columns[key] for key in shown)]]
+    for name, metrics in evaluation["models"].items():
+        lines.append([_MODELS.get(name, name), *(_cell(key, metrics[key]) for key in shown)])
+    _print_lines(lines)
+
+
+def _cross_entropies(clean: float, mean_ablated: float, zero_ablated: float) -> str:
+    return (
+        f"cross-entropy {clean:.4f}, {mean_ablated:.4f} with the mean in place of the activations, {zero_ablated:.4f} "
+        "with zeros"
+    )
+
+
 def _print_adaptation(result: Adaptation) -> None:
     """What the SAE was and what it is at a price, one a line."""
     losses = result.cross_entropy
@@ -496,10 +560,7 @@ def _print_adaptation(result: Adaptation) -> None:
     for note in result.notes:
         print(f"  {note}")
     print(f"{result.calibrated:,} tokens set the prices, {result.heldout:,} held-out tokens judge")
-    print(
-        f"cross-entropy {losses.clean.mean():.4f}, {losses.mean_ablated.mean():.4f} with the mean in place of the "
-        f"activations, {losses.zero_ablated.mean():.4f} with zeros"
-    )
+    print(_cross_entropies(**losses.means()))
     _print_lines(lines)
 
 

@@ -29,6 +29,8 @@ SELECTION_NAMES: tuple[SelectionName, ...] = typing.get_args(SelectionName)
 """The selections by their names on the command line, which are those of their folders in a run."""
 ExportTarget = Literal["hub", "saedashboard", "neuronpedia"]
 """What `aksae export` writes for."""
+EvaluationMetric = Literal["reconstruction", "ce"]
+"""What `aksae eval` measures elsewhere: how well activations are reconstructed, and what the errors cost the model."""
 BUNDLED_MODEL, BUNDLED_TEXT = "smollm2", "python-prose"
 """The model and the text that need no network; never taken for the name of a folder."""
 MIN_LOSS_TOKENS = 16
@@ -111,6 +113,45 @@ class TextConfig:
     what is held out, the share of their rows."""
     seed: int = 0
     """Seed of the document shuffle."""
+
+
+@dataclass
+class TextChoice:
+    """Settings of the text in place of those of a run that is there; None leaves those.
+
+    Where nothing says what a run read, `source` is needed. Of another source `split`, `subset` and `column` start from
+    their usual defaults, not from the run's. All documents are read as one text: there is no share to be held out."""
+
+    source: str | None = None
+    """`python-prose`, a `.txt`, `.jsonl` or `.parquet` file, a folder, or a Hugging Face dataset."""
+    split: str | None = None
+    """Split of a Hugging Face dataset."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face dataset."""
+    column: str | None = None
+    """Name of the text column."""
+    context_length: int | None = None
+    """Tokens per context."""
+    packed: bool | None = None
+    """Whether documents are joined and cut into full contexts."""
+    skip_first: int | None = None
+    """Tokens at the start of each context, after special ones, that are kept out of the loss."""
+    max_tokens: int | None = None
+    """Stop after this many loss tokens."""
+    seed: int | None = None
+    """Seed of the document shuffle."""
+
+    def over(self, known: TextConfig | None) -> TextConfig | None:
+        """The settings `known`, but for what is chosen here; None where the source stays unknown."""
+        chosen = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if self.source is None:
+            return known and dataclasses.replace(known, **chosen)
+        if known is None:
+            return TextConfig(**chosen)
+        if known.source not in (self.source, str(user_path(self.source, "text.source").absolute())):
+            usual = TextConfig()
+            known = dataclasses.replace(known, split=usual.split, subset=usual.subset, column=usual.column)
+        return dataclasses.replace(known, **chosen)
 
 
 @dataclass
@@ -485,11 +526,14 @@ def validate_inputs(model: ModelConfig, text: TextConfig, labels: LabelConfig) -
     _at_least("labels.max_retries", labels.max_retries, 1)
 
 
-def validate_text(text: TextConfig) -> None:
-    """The part of `validate` that concerns how text is cut and split."""
+def validate_text(text: TextConfig, *, whole: bool = False) -> None:
+    """The part of `validate` that concerns how text is cut and, unless it is read as a whole, split."""
     length, fraction = text.context_length, text.heldout_fraction
     _at_least("text.context_length", length, MIN_LOSS_TOKENS)
     _at_least("text.skip_first", text.skip_first, 0)
+    if whole:
+        _at_least("text.max_tokens", text.max_tokens, length)
+        return
     _validate_fraction(fraction)
     smaller = min(fraction, 1 - fraction)
     if text.max_tokens * smaller < length:

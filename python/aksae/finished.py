@@ -48,9 +48,10 @@ class Finished:
             )
         return self.model
 
-    def load_model(self) -> LanguageModel:
-        """The language model, to whose device the SAE is moved. Raises UserError where there is none that fits."""
-        length = self.run.text.context_length if self.reads_text else 0
+    def load_model(self, context_length: int | None = None) -> LanguageModel:
+        """The language model, to whose device the SAE is moved. Raises UserError where there is none that fits, or none
+        that has room for contexts of `context_length`; None for the run's, if it reads text."""
+        length = (self.run.text.context_length if self.reads_text else 0) if context_length is None else context_length
         cache = cache_folder(self.run.cache if self.run else None)
         model = LanguageModel.load(self.known_model(), cache, context_length=length)
         model.check_sites([self.site])

@@ -63,8 +63,8 @@ def start_run(config: TrainConfig) -> None:
     # Hours may have passed since it was first looked at.
     check_output(config)
     config.output.mkdir(parents=True, exist_ok=True)
-    for name in _RUN_FILES:
-        path = config.output / name
+    # Evaluations elsewhere, too, are of what is to be overwritten.
+    for path in [*(config.output / name for name in _RUN_FILES), *config.output.glob("eval-*.json")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -37,6 +37,10 @@ class CrossEntropy:
     """`KL(clean || spliced)` of the next-token distributions, by name: `aksae.activations.divergences_of`. Unlike the
     damage, it does not forgive a changed prediction that happens to suit the text."""
 
+    def means(self) -> dict[str, float]:
+        """`clean`, `mean_ablated` and `zero_ablated` of all contexts."""
+        return {name: float(getattr(self, name).mean()) for name in ("clean", "mean_ablated", "zero_ablated")}
+
     def damage(self, name: str) -> float:
         """`L(spliced) - L(clean)`."""
         return float((self.spliced[name] - self.clean).mean())

@@ -138,14 +138,8 @@ def load_contexts(config: TextConfig, tokenizer) -> tuple[ContextSet, ContextSet
     heldout_budget = round(config.max_tokens * config.heldout_fraction)
     cutter = _Cutter(tokenizer, config)
     train, heldout = _Side(cutter, config.max_tokens - heldout_budget), _Side(cutter, heldout_budget)
-    seen: set[bytes] = set()
-    buffer = min(_BUFFER_CHARACTERS, _BUFFER_PER_TOKEN * config.max_tokens)
-    for text in _shuffled(documents(config), config.seed, buffer):
-        digest = hashlib.blake2b(normalised(text).lower().encode(), digest_size=16).digest()
-        if digest in seen:
-            continue
-        document = len(seen)
-        seen.add(digest)
+    document = 0
+    for document, text in enumerate(_distinct(config)):
         behind = heldout.tokens < config.heldout_fraction * (train.tokens + heldout.tokens)
         side = heldout if (behind and not heldout.full) or train.full else train
         side.add(document, text)
@@ -153,7 +147,7 @@ def load_contexts(config: TextConfig, tokenizer) -> tuple[ContextSet, ContextSet
             break
     for name, side in (("train", train), ("held-out", heldout)):
         if not side.rows:
-            number = "a single document" if len(seen) == 1 else f"{len(seen)} distinct documents"
+            number = f"{document + 1} distinct documents" if document else "a single document"
             raise UserError(
                 f"text.source: {config.source} has {number}, which leaves no {name} context of at least "
                 f"{cutter.needed} loss tokens; needs at least two documents that long, since a document is never on "
@@ -161,6 +155,25 @@ def load_contexts(config: TextConfig, tokenizer) -> tuple[ContextSet, ContextSet
                 "folder of .txt files each is one)"
             )
     return train.contexts(), heldout.contexts()
+
+
+def whole_contexts(config: TextConfig, tokenizer) -> ContextSet:
+    """The contexts that `load_contexts` would share out, all on one side; `config.heldout_fraction` is not looked at.
+
+    Raises `UserError` where `documents` does, for a setting out of range, and where there is no context.
+    """
+    validate_text(config, whole=True)
+    cutter = _Cutter(tokenizer, config)
+    side = _Side(cutter, config.max_tokens)
+    for document, text in enumerate(_distinct(config)):
+        side.add(document, text)
+        if side.full:
+            break
+    if not side.rows:
+        raise UserError(
+            f"text.source: {config.source} has no context of at least {cutter.needed} loss tokens, needs one"
+        )
+    return side.contexts()
 
 
 def normalised(text: str) -> str:
@@ -290,6 +303,17 @@ class _Side:
             texts.append("\n\n".join(decode))
         document = np.array([document for document, _, _ in self.rows], np.int32)
         return ContextSet(input_ids, attention_mask, loss_mask, texts, document)
+
+
+def _distinct(config: TextConfig) -> Iterator[str]:
+    """The documents, shuffled, without those that equal an earlier one up to case and white space."""
+    seen: set[bytes] = set()
+    buffer = min(_BUFFER_CHARACTERS, _BUFFER_PER_TOKEN * config.max_tokens)
+    for text in _shuffled(documents(config), config.seed, buffer):
+        digest = hashlib.blake2b(normalised(text).lower().encode(), digest_size=16).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield text
 
 
 def _shuffled(texts: Iterable[str], seed: int, size: int) -> Iterator[str]:
