@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ def stored(request, tmp_path):
     return formats.load(put(place(tmp_path, example.format), example.files)), NORMALISED.get(request.param)
 
 
+# Few of the latents of random weights lower an error.
+@pytest.mark.filterwarnings("ignore:budget:aksae.errors.Notice")
 def test_what_a_host_computes_is_kept_or_refused(stored):
     sae, norm = stored
     target = randn(len(X), sae.W_dec.shape[1], seed=11) if sae.transcoder else None
@@ -57,6 +60,7 @@ def test_what_a_host_computes_is_kept_or_refused(stored):
     close(codes.to_dense(sae.d_sae), wanted)
 
 
+@pytest.mark.filterwarnings("ignore:budget:aksae.errors.Notice")
 def test_the_weights_of_an_sae_that_needs_no_folding_are_shared(tmp_path):
     example = SAMPLES["native_topk"]()
     tensors = example.files["sae.safetensors"]
@@ -223,6 +227,40 @@ def test_an_sae_of_ours_keeps_its_own_rule(settings, activations, tmp_path, sele
     codes = sae.encode(activations[1])
     assert result.metrics["own"]["l0_mean"] == pytest.approx(float(codes.counts.float().mean()))
     assert result.metrics["own"]["l0_max"] == int(codes.counts.max()) <= 7
+
+
+def test_an_sae_that_was_adapted_is_replaced_and_no_run(source, folder, tmp_path, capsys):
+    out = tmp_path / "adapted"
+    trained_so = SAE(SAEConfig(WIDTH, F_SAE, TopKSelection(6)))
+    trained_so.save_pretrained(out)
+    (out / "mine").touch()
+    fails(capsys, r"out: got .*, which holds files, needs .* \(or overwrite\)", "adapt", folder, **source, out=out)
+    assert call("adapt", folder, "--overwrite", **source, out=out) == 0
+    assert SAE.from_pretrained(out).config.selection == Priced(6, 24, 2)
+    assert (out / "mine").exists()
+    (out / "sae.safetensors").unlink()
+    message = "out: got .*, whose config.json is no SAE's, needs another folder"
+    fails(capsys, message, "adapt", folder, "--overwrite", **source, out=out)
+
+
+def test_what_a_file_leaves_open_is_taken(source, folder, tmp_path, capsys):
+    alone = shutil.copy(folder / "ae.pt", tmp_path / "ae.pt")
+    fails(capsys, "needs config.json beside it, or dict_class", "adapt", alone, **source)
+    assert call("adapt", alone, **source, **{"dict-class": "AutoEncoderTopK"}) == 0
+    assert "SAE (TopK, k = 6; " in capsys.readouterr().out
+    fails(capsys, "steepness: got it for dictionary_learning, needs adaptivek", "adapt", folder, **source, steepness=3)
+
+
+def test_a_budget_that_cannot_be_reached_is_said(source, folder, capsys):
+    assert call("adapt", folder, **source, budget=60) == 0
+    shown = capsys.readouterr()
+    (l0,) = re.findall(r"at a price, the budget +(\S+)", shown.out)
+    pattern = (
+        r"note: budget: got 60 latents of a row in the mean, and only (\S+) of 64 candidates lower its error at all"
+    )
+    (most,) = re.findall(pattern, shown.err)
+    assert float(l0) == pytest.approx(float(most), rel=0.05)
+    assert float(l0) < 0.9 * 60
 
 
 def test_other_places_are_read_and_kept_apart(source, folder, activations, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from aksae_kernels import frozen
 from .config import LabelConfig, ModelConfig, TextConfig, cache_folder, validate_inputs
 from .data import collect_contexts, read_corpus
 from .errors import UserError
-from .files import check_writable
+from .files import CONFIG, WEIGHTS, check_writable
 from .formats import Format, StoredSAE, load
 from .formats.native import without_rule
 from .metrics import ReconstructionMetrics
@@ -62,6 +63,8 @@ def adapt_file(
     hook: Hook = "resid_post",
     format: Format | None = None,
     cache: Path | None = None,
+    overwrite: bool = False,
+    **assumptions: Any,
 ) -> Adaptation:
     """Give the SAE of a file latents at a price, and compare it with what it was at equal L0.
 
@@ -74,10 +77,13 @@ def adapt_file(
         model: the language model, the layer that the SAE is for, and the device for both.
         text: what the model reads.
         budget: mean number of latents of a row; None for the mean L0 that the SAE has by its own rule.
-        out: a new or empty folder for a native checkpoint of the SAE at the budget; None writes none.
+        out: a folder, new or empty unless `overwrite`, for a native checkpoint of the SAE at the budget; None writes
+            none.
         hook: the place in the block of the layer.
         format: as `aksae.formats.load` takes it.
         cache: folder for converted models and activations; None for AKSAE_CACHE or ~/.cache/aksae.
+        overwrite: whether an SAE in `out` may be replaced; other files in it stay.
+        assumptions: what the file may leave open, as `aksae.formats.load` takes it.
 
     Raises:
         UserError: a file, a setting, the model or the text cannot be used, `aksae.adapt` refuses the SAE, its width is
@@ -85,10 +91,8 @@ def adapt_file(
     """
     validate_inputs(model, text, LabelConfig())
     if out is not None:
-        check_writable(out, "out")
-        if out.exists() and any(out.iterdir()):
-            raise UserError(f"out: got {out}, which holds files, needs a new or empty folder")
-    stored, own, bare = _read(file, format)
+        _check_out(out, overwrite)
+    stored, own, bare = _read(file, format, assumptions)
     if budget is not None and not 1 <= budget <= bare.d_sae:
         raise UserError(f"budget: got {budget}, needs a number from 1 to d_sae = {bare.d_sae}")
     cache, site = cache_folder(cache), Site(model.layer, hook)
@@ -121,6 +125,8 @@ def adapt_file(
     priced = compared[SAME_L0 if budget is None else BUDGET]
     assert isinstance(priced, SAE)
     if out is not None:
+        # Hours may have passed since it was first looked at.
+        _check_out(out, overwrite)
         priced.save_pretrained(out)
     return Adaptation(
         sae=priced,
@@ -135,9 +141,23 @@ def adapt_file(
     )
 
 
-def _read(file: str | Path, format: Format | None) -> tuple[StoredSAE, SAE | StoredSAE, StoredSAE]:
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Raise UserError where `out` cannot be written, or must not be."""
+    check_writable(out, "out")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"out: got {out}, which holds files, needs a new or empty folder (or overwrite)")
+    if (out / CONFIG).exists() and not (out / WEIGHTS).exists():
+        # That of a run, for one.
+        raise UserError(f"out: got {out}, whose {CONFIG} is no SAE's, needs another folder")
+
+
+def _read(
+    file: str | Path, format: Format | None, assumptions: dict[str, Any]
+) -> tuple[StoredSAE, SAE | StoredSAE, StoredSAE]:
     """The SAE as it is stored; with its own rule, and without, as `adapt` takes it: both on the CPU in fp32."""
-    stored = load(file, format)
+    stored = load(file, format, **assumptions)
     if stored.transcoder:
         raise UserError(
             f"{file}: got a transcoder, whose latents are priced by what it is to reconstruct, needs an autoencoder; "

@@ -462,6 +462,12 @@ def adapt(
     site: Hook = "resid_post",
     source_format: Annotated[Format | None, tyro.conf.arg(name="from")] = None,
     cache: Path | None = None,
+    overwrite: bool = False,
+    steepness: float | None = None,
+    score_min: float | None = None,
+    score_max: float | None = None,
+    dict_class: str | None = None,
+    k: int | None = None,
 ) -> None:
     """Give an SAE that is there latents at a price, and say what that gains at equal L0.
 
@@ -471,17 +477,37 @@ def adapt(
         file: an SAE of any project that `aksae convert` reads: a folder, a file, or on the Hugging Face hub
             owner/name[@revision][/folder or file].
         budget: mean number of latents of a token; None for as many as the SAE keeps by its own rule.
-        out: new folder for the SAE at the budget, as SAE.from_pretrained reads it; None writes none.
+        out: folder for the SAE at the budget, as SAE.from_pretrained reads it; None writes none.
         site: place in block model.layer that the SAE is for: the residual stream after (resid_post) or before the block
             (resid_pre), what its MLP (mlp_out) or its attention (attn_out) adds to it.
         source_format: format of FILE; None where the names of its files or tensors tell.
         cache: folder for converted models and activations; None for AKSAE_CACHE or ~/.cache/aksae.
+        overwrite: replace an SAE in OUT.
+        steepness: slope of the score-to-k map, which adaptivek files do not hold; None for 6.
+        score_min: lowest score of that map; None for 0.
+        score_max: highest score of that map; None for 10.
+        dict_class: class of a dictionary_learning ae.pt without its config.json; None where the tensors tell.
+        k: latents of a vector that such a file keeps, where it is TopK; None where the tensors tell.
     """
     from .adaptation import adapt_file
 
-    _print_adaptation(
-        adapt_file(file, model, text, budget=budget, out=out, hook=site, format=source_format, cache=cache)
+    adapted = adapt_file(
+        file,
+        model,
+        text,
+        budget=budget,
+        out=out,
+        hook=site,
+        format=source_format,
+        cache=cache,
+        overwrite=overwrite,
+        steepness=steepness,
+        score_min=score_min,
+        score_max=score_max,
+        dict_class=dict_class,
+        k=k,
     )
+    _print_adaptation(adapted)
     if out is not None:
         print(f"SAE: {out}")
 
