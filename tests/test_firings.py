@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from aksae import SAE, Priced, SAEConfig, calibrate
-from aksae.firings import described_drops, dropped_examples, firing_changes
+from aksae.study.firings import described_drops, dropped_examples, firing_changes
 
 from aksae_kernels import SparseCodes
 

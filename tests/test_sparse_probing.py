@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from aksae import UserError
-from aksae.sparse_probing import auc, k_sparse_probe, logistic_regression, token_labels
+from aksae.study.sparse_probing import auc, k_sparse_probe, logistic_regression, token_labels
 
 from aksae_kernels import SparseCodes
 

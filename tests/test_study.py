@@ -219,6 +219,15 @@ def test_a_study(settings, finished):
     for record in found["damage"]:
         assert record["kl"] > 0
     assert {r["weights"] for r in found["controls"]} == {"topk", "priced"}
+    assert {(r["budget"], r["selection"], r["rule"]) for r in found["probing"]} == {
+        (budget, *which)
+        for budget in (4, 8)
+        for which in (*((name, "own") for name in settings.selections), ("topk", "price"))
+    }
+    for record in found["probing"]:
+        # Of random words only this differs.
+        assert set(record["by_label"]) == {"repeated, 1", "repeated, 5"}
+        assert 0.2 < record["auc"] <= 1
     # Documents that calibrate are not judged by.
     rows_of = found["layers"]["1"]
     assert rows_of["documents"] == len(rows_of["variance"]) >= 10

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from aksae import AdaptiveK, FitConfig, KMap, TopK, UserError
-from aksae.synthetic import SetCounts, Setup, World, correlation, measure_synthetic, synth_sae_bench
+from aksae.study.synthetic import SetCounts, Setup, World, correlation, measure_synthetic, synth_sae_bench
 
 from aksae_kernels import SparseCodes
 

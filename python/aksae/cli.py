@@ -520,11 +520,13 @@ def study(config: Annotated[StudyConfig, tyro.conf.arg(name="")]) -> None:
     """
     from .study import study
     from .study.figures import write_figures
-    from .study.summary import lines
+    from .study.summary import lines, synthetic_lines
 
     found = study(config, functools.partial(print, flush=True))
     print("\nDifferences are relative; those in brackets have an interval that holds 0.")
     _print_lines(lines(found, _MODELS))
+    if table := synthetic_lines(found, _MODELS):
+        _print_lines(table)
     for path in write_figures(found, _MODELS, config.output):
         print(path)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from aksae import SAE, BatchTopK, FitConfig, JumpReLU, Matryoshka, Need, Priced, SAEConfig, TopK, adapt, calibrate
 from aksae.hosts.sae_bench import SAEBenchAdapter
-from aksae.synthetic import MATCHED, Setup, World, matched, measure_synthetic, scores, search_lrs, synth_sae_bench
+from aksae.study.synthetic import MATCHED, Setup, World, matched, measure_synthetic, scores, search_lrs, synth_sae_bench
 from sae_lens import synthetic
 
 D, F, BUDGET = 64, 128, 2

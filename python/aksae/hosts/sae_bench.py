@@ -9,7 +9,7 @@ language models and data sets from the Hugging Face hub, for which a network is 
     sae_probes.run_sae_evals(adapter, name, adapter.cfg.hook_name, reg_type="l1", setting="normal", device=device)
 
 With beartype 0.23 SAEBench's sparse probing fails in a type check of its own, whatever the SAE: JAXTYPING_DISABLE=1.
-`aksae.sparse_probing` is a small measurement of the same kind without one.
+`aksae.study.sparse_probing` is a small measurement of the same kind without one.
 """
 
 from __future__ import annotations

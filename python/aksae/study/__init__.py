@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..activations import resolve_device
-from ..config import LabelConfig, cache_folder, to_dict
+from ..config import FitConfig, LabelConfig, cache_folder, to_dict
 from ..data import Split, collect_contexts, read_corpus, score_corpus
 from ..errors import UserError
 from ..files import CONFIG, check_writable, read_json, write_json
 from ..identity import require_same
 from ..sites import Site
 from .layer import Layer
-from .plan import StudyConfig, Trial, search_trials, trials, validate_study
+from .plan import StudyConfig, Trial, search_trials, selection_at, trials, validate_study
 from .summary import summary
+from .synthetic import Setup, measure_synthetic, search_lrs, synth_sae_bench
 
 __all__ = ["StudyConfig", "study"]
 
@@ -32,8 +33,10 @@ def study(config: StudyConfig, announce: Callable[[str], None] = print) -> dict[
     2. Of each seed, layer and budget all selections, on the same rows in the same order; those of one rate on one pass.
     3. Each SAE on the other held-out documents, by its own rule and at a price (`aksae.adapt`), at a mean L0 that is
        the budget to 0.4 %; beside it stands the L0 to which the documents that calibrate alone led. At the first layer
-       the controls (`aksae.study.controls`) with the weights of the TopK and the priced SAEs.
+       the controls (`aksae.study.controls`) with the weights of the TopK and the priced SAEs, and of every SAE
+       sparse probing (`aksae.study.sparse_probing`).
     4. The model's cross-entropy with SAEs spliced in.
+    5. With `synthetic`, the same selections where the features are known (`aksae.study.synthetic`).
 
     Everything is kept in the study's folder as it ends: SAEs in `saes`, what was found of each in `search` and
     `records`, losses of the model in `ce`. A study that was cut off, or that got more seeds, budgets, layers or
@@ -74,7 +77,7 @@ def study(config: StudyConfig, announce: Callable[[str], None] = print) -> dict[
         name: min((trial for trial in search if trial.selection == name), key=first.search_fvu).lr
         for name in config.selections
     }
-    announce("learning rates: " + ", ".join(f"{name} {lr:g}" for name, lr in rates.items()))
+    announce("learning rates: " + _listed(rates))
     planned = trials(config, rates)
     for seed in config.seeds:
         of_seed = [trial for trial in planned if trial.seed == seed]
@@ -83,12 +86,41 @@ def study(config: StudyConfig, announce: Callable[[str], None] = print) -> dict[
             layer.fit_missing(group, steps)
             for trial in group:
                 layer.judge(trial)
+                if layer is first:
+                    layer.probe(trial, corpus.model.tokenizer)
         for number, layer in layers.items():
             layer.splice([trial for trial in of_seed if trial.layer == number], corpus.model)
+    if config.synthetic:
+        _compare_with_truth(config, announce)
     described = {str(number): layer.described() for number, layer in layers.items()}
     found = summary(config, planned, {"steps": steps, "rates": rates, "layers": described})
     write_json(config.output / "results.json", found)
     return found
+
+
+def _compare_with_truth(config: StudyConfig, announce: Callable[[str], None]) -> None:
+    """Keep `synthetic/seed-N.json` for each seed: the records of `measure_synthetic` at the true mean number of
+    features, with learning rates that are searched at a seed of their own. The paper's AdaptiveK has no text to read
+    there."""
+    folder = config.output / "synthetic"
+    missing = [seed for seed in config.seeds if not (folder / f"seed-{seed}.json").is_file()]
+    if not missing:
+        return
+    world = synth_sae_bench()
+    budget = max(1, round(float(world.rows(16_384, seed=0)[1].sum(-1).double().mean())))
+    setup = Setup(FitConfig(steps=config.synthetic_steps, normalize="mean-norm", dead_after=config.dead_after))
+    selections = {name: selection_at(name, budget, setup.d_sae) for name in config.selections if name != "adaptivek"}
+    path = folder / "rates.json"
+    if not path.is_file():
+        write_json(path, search_lrs(world, selections, config.lrs, setup, seed=max(config.seeds) + 1)[0])
+    rates = read_json(path, needs=dict)
+    announce(f"where the truth is known, L0 {budget}; learning rates: " + _listed(rates))
+    for seed in missing:
+        write_json(folder / f"seed-{seed}.json", list(measure_synthetic(world, selections, rates, setup, seed=seed)))
+
+
+def _listed(rates: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {lr:g}" for name, lr in rates.items())
 
 
 def _groups(planned: Iterable[Trial]) -> list[list[Trial]]:

@@ -40,6 +40,13 @@ class Chooser:
         # Candidates of a priced row do not depend on the price.
         self.candidates: list[SparseCodes] | None = None
 
+    def on(self, rows: Rows) -> Chooser:
+        """The same rule, as it stands, for other rows."""
+        other = Chooser(self.sae, rows)
+        if isinstance(self.selection, AdaptiveK):
+            other.shift = self.shift
+        return other
+
     @property
     def moves(self) -> bool:
         return not isinstance(self.selection, TopK)
@@ -62,6 +69,10 @@ class Chooser:
         for number, (part, x) in enumerate(self.rows.chunks()):
             yield part, self._codes(number, part, x)
 
+    def all_codes(self) -> SparseCodes:
+        """The codes of all rows."""
+        return SparseCodes(*(torch.cat(parts) for parts in zip(*(codes for _, codes in self.codes()))))
+
     def _codes(self, number: int, part: slice, x: Tensor) -> SparseCodes:
         sae, selection = self.sae, self.selection
         if isinstance(selection, AdaptiveK):
@@ -69,7 +80,8 @@ class Chooser:
             # Rows of one context have one k, and would all gain a latent at the same shift. So k is rounded up in as
             # many of them as its fraction says, by a sequence that fills the unit interval evenly.
             even = torch.arange(part.start, part.start + len(x), device=k.device) * _GOLDEN % 1
-            return sae.encode(x, (k + even).floor().clamp(1, sae.config.d_sae).int())
+            most = min(sae.config.d_sae, math.ceil(selection.k_map.k_max * math.exp(self.shift)) + 1)
+            return sae.encode(x, (k + even).floor().clamp(1, most).int(), k_max=most)
         if isinstance(selection, Priced):
             if self.candidates is None:
                 self.candidates = [sae.encoder(rows).topk(sae.width()) for _, rows in self.rows.chunks()]
@@ -114,8 +126,7 @@ def own(sae: SAE, calibration: Rows, judged: Rows, budget: float) -> tuple[Choos
     constant to which the others led."""
     chooser = Chooser(sae, calibration)
     settle(chooser, budget)
-    judge = Chooser(sae, judged)
-    judge.shift = chooser.shift if isinstance(sae.config.selection, AdaptiveK) else 0.0
+    judge = chooser.on(judged)
     return judge, settle(judge, budget)
 
 

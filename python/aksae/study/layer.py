@@ -25,9 +25,13 @@ from .controls import controls
 from .measure import measured, variance
 from .plan import PROBE_READS, StudyConfig, Trial, selection_at
 from .rows import split_rows
+from .sparse_probing import k_sparse_probe
 
 OWN, PRICED = "own", "price"
 """The rules by which an SAE is judged: its own, and a price whatever it was trained by."""
+_RULES = {OWN: own, PRICED: priced}
+PROBED = (1, 5)
+"""Numbers of latents that a probe reads."""
 CONTROLLED = ("topk", "priced")
 """Selections with whose weights the controls are measured."""
 
@@ -40,6 +44,7 @@ class Layer:
         self.calibration, self.judged = split_rows(heldout, config.calibration_share, device)
         self._reader = BatchReader(train.store, probe_reads=PROBE_READS, train_on="all", device=device)
         self._probe: dict[str, Tensor] | None = None
+        self._labels: list[dict[str, Tensor]] | None = None
 
     def described(self) -> dict[str, Any]:
         """What a summary needs to know of the rows."""
@@ -98,7 +103,7 @@ class Layer:
 
         def find() -> dict[str, Any]:
             records = {}
-            for rule, made in ((OWN, own), (PRICED, priced)):
+            for rule, made in _RULES.items():
                 if rule == PRICED and trial.selection == "priced":
                     continue
                 chooser, before = made(self._load(trial), self.calibration, self.judged, trial.budget)
@@ -110,6 +115,30 @@ class Layer:
             return {**trial._asdict(), **records}
 
         self._kept("records", trial, find)
+
+    def probe(self, trial: Trial, tokenizer: Any) -> None:
+        """Measure how well a few latents tell what the text says of a token (`sparse_probing`), on the rows that judge;
+        probes are fitted on those that calibrate."""
+
+        def find() -> dict[str, Any]:
+            if self._labels is None:
+                self._labels = [rows.token_labels(tokenizer) for rows in (self.calibration, self.judged)]
+            found: dict[str, Any] = trial._asdict()
+            for rule in self._rules(trial):
+                chooser, _ = _RULES[rule](self._load(trial), self.calibration, self.judged, trial.budget)
+                fitted, judged = chooser.on(self.calibration).all_codes(), chooser.all_codes()
+                found[rule] = {
+                    f"{name}, {k}": k_sparse_probe(
+                        fitted, self._labels[0][name], judged, self._labels[1][name], d_sae=self.config.d_sae, k=k
+                    ).auc
+                    for name in self._labels[0]
+                    # A label that all rows of one side share, or none, has nothing to tell.
+                    if all(0 < int(side[name].sum()) < len(side[name]) for side in self._labels)
+                    for k in PROBED
+                }
+            return found
+
+        self._kept("probing", trial, find)
 
     def splice(self, planned: Sequence[Trial], model: LanguageModel) -> None:
         """Measure what the SAEs of one seed cost the model, all of them in one pass over the text."""

@@ -63,6 +63,11 @@ class StudyConfig:
     """Contexts on which it is measured, from as many documents as there are."""
     control_rows: int = 2048
     """Held-out rows on which the controls are compared with what they are controls of."""
+    synthetic: bool = False
+    """Also compare the selections where the features are known, on SynthSAEBench's activations at a reduced size; needs
+    sae-lens."""
+    synthetic_steps: int = 2000
+    """Optimiser steps of every SAE there."""
     device: str = "auto"
 
     def folder(self, trial: Trial) -> Path:
@@ -94,7 +99,7 @@ def validate_study(config: StudyConfig) -> None:
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):
             raise UserError(f"{name}: got {values}, needs at least one, and none twice")
-    for name in ("batch_size", "ce_contexts", "control_rows"):
+    for name in ("batch_size", "ce_contexts", "control_rows", "synthetic_steps", "dead_after"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}: got {getattr(config, name)}, needs a number from 1 up")
     if not 0 < config.calibration_share < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..data import Split, context_vectors
 from ..text import ContextSet
 from .plan import PROBE_READS
+from .sparse_probing import token_labels
 
 CHUNK = 2048
 """Rows that are encoded at a time."""
@@ -46,6 +48,13 @@ class Rows:
     def first(self, n: int) -> Rows:
         """The first `n` rows, or all."""
         return Rows(self.x[:n], self.context[:n], self.document[:n], self.probed, self.contexts)
+
+    def token_labels(self, tokenizer: Any) -> dict[str, Tensor]:
+        """What the text says of each row, bool `[N]` by name: `sparse_probing.token_labels` of its context."""
+        of_contexts = []
+        for ids, kept in zip(self.contexts.input_ids, self.contexts.loss_mask):
+            of_contexts.append(token_labels([tokenizer.decode([token]) for token in ids[kept].tolist()]))
+        return {name: torch.cat([labels[name] for labels in of_contexts])[: len(self)] for name in of_contexts[0]}
 
     def sums(self, values: Tensor) -> list[float]:
         """Sums of `values [N]` over each document."""

@@ -21,19 +21,21 @@ _DETAILS = ("l0", "l0_calibrated", "l0_std", "l0_p10", "l0_p90", "cosine", "dead
 
 
 def summary(config: StudyConfig, planned: Sequence[Trial], facts: dict[str, Any]) -> dict[str, Any]:
-    """What `results.json` holds: `facts`, and three lists of records.
+    """What `results.json` holds: `facts`, and lists of records.
 
     `fvu`: of each layer, budget, selection it was trained by and rule it is judged by, FVU with its 95 % interval,
     means over seeds of the details, and by baseline the relative difference, `FVU / FVU of the baseline - 1`, with its
     interval. `damage`: the rise of the model's cross-entropy in nats per token, the share of it that is recovered, and
-    the divergence, likewise. `controls`: FVU and L0 of each control, a mean over seeds.
+    the divergence, likewise. `controls`: FVU and L0 of each control, a mean over seeds. `probing`: area under the curve
+    by label and number of latents, and their mean, with the standard deviation of that over seeds. `synthetic`: what
+    `synthetic.scores` says, likewise.
 
     Differences are between SAEs whose mean L0 is the budget to 0.5 %; where one has too few positive latents for that,
     there is none. Intervals resample seeds and documents (`bootstrap`), the same ones for both sides of a difference.
     """
     records = {trial: read_json(config.output / "records" / f"{trial}.json", needs=dict) for trial in planned}
     rng = np.random.default_rng(0)
-    found: dict[str, Any] = {**facts, "fvu": [], "damage": [], "controls": []}
+    found: dict[str, Any] = {**facts, "fvu": [], "damage": [], "controls": [], "probing": [], "synthetic": []}
     for layer, budget in dict.fromkeys((trial.layer, trial.budget) for trial in planned):
         here = [trial for trial in planned if (trial.layer, trial.budget) == (layer, budget)]
         rules: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -58,6 +60,8 @@ def summary(config: StudyConfig, planned: Sequence[Trial], facts: dict[str, Any]
             found["fvu"].append({**place, "selection": selection, "rule": rule, **fvu, **details, "against": against})
         found["damage"] += [{**place, **record} for record in _damage(config, here, rng)]
         found["controls"] += [{**place, **record} for record in _controls(here, records)]
+        found["probing"] += [{**place, **record} for record in _probing(config, here)]
+    found["synthetic"] = _synthetic(config)
     return found
 
 
@@ -117,6 +121,46 @@ def _controls(here: Sequence[Trial], records: dict[Trial, dict[str, Any]]) -> li
     ]
 
 
+def _probing(config: StudyConfig, here: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Of each selection and rule that was probed, the area under the curve."""
+    kept: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for trial in here:
+        path = config.output / "probing" / f"{trial}.json"
+        if path.is_file():
+            record = read_json(path, needs=dict)
+            for rule in (OWN, PRICED):
+                if record.get(rule):
+                    kept.setdefault((trial.selection, rule), []).append(record[rule])
+    found = []
+    for (selection, rule), of_seeds in kept.items():
+        by_label = {name: float(np.mean([seed[name] for seed in of_seeds])) for name in of_seeds[0]}
+        means = [float(np.mean(list(seed.values()))) for seed in of_seeds]
+        spread = {"auc": float(np.mean(means)), "std": float(np.std(means))}
+        found.append({"selection": selection, "rule": rule, **spread, "by_label": by_label})
+    return found
+
+
+def _synthetic(config: StudyConfig) -> list[dict[str, Any]]:
+    """Of each selection by its own rule and at a price, means and standard deviations over seeds."""
+    kept: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for seed in config.seeds:
+        path = config.output / "synthetic" / f"seed-{seed}.json"
+        for record in read_json(path, needs=list) if path.is_file() else ():
+            rule = OWN if record["selection"] == record["trained"] else PRICED
+            kept.setdefault((record["trained"], rule), []).append(record)
+    found = []
+    for (selection, rule), of_seeds in kept.items():
+        numbers = {
+            name: np.array([record[name] for record in of_seeds])
+            for name, value in of_seeds[0].items()
+            if isinstance(value, float)
+        }
+        means = {name: float(values.mean()) for name, values in numbers.items()}
+        spread = {f"{name}_std": float(values.std()) for name, values in numbers.items()}
+        found.append({"selection": selection, "rule": rule, "seeds": len(of_seeds), **means, **spread})
+    return found
+
+
 def _equal(budget: int, *compared: list[dict[str, Any]]) -> bool:
     """Whether all records are at the budget, so that a difference between them says something."""
     return all(abs(record["l0"] / budget - 1) <= EQUAL for records in compared for record in records)
@@ -155,6 +199,17 @@ def lines(found: dict[str, Any], names: dict[str, str]) -> list[list[str]]:
                 "" if spliced is None else f"{spliced['kl']:.4f}",
             ]
         )
+    return table
+
+
+def synthetic_lines(found: dict[str, Any], names: dict[str, str]) -> list[list[str]]:
+    """What was found where the truth is known, as cells under a head; none where nothing was."""
+    columns = {"fvu": "FVU", "f1": "F1", "set_f1": "F1 of the set", "mcc": "MCC", "count_correlation": "r(count)"}
+    table = [["where the truth is known", "", "L0", *columns.values()]] if found["synthetic"] else []
+    for record in found["synthetic"]:
+        cells = [f"{record[name]:.3f} +- {record[f'{name}_std']:.3f}" for name in columns]
+        rule = "its own rule" if record["rule"] == OWN else "a price"
+        table.append([names[record["selection"]], rule, f"{record['l0']:.2f}", *cells])
     return table
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from aksae_kernels import SparseCodes
 
-from .errors import UserError
-from .evaluate import activations_of
+from ..errors import UserError
+from ..evaluate import activations_of
 
 _SENTENCE_ENDS = (".", "!", "?")
 _CLOSING = ")]\"'\u00bb\u201d\u2019"

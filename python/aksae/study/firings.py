@@ -9,8 +9,8 @@ from torch import Tensor
 
 from aksae_kernels import SparseCodes
 
-from .evaluate import activations_of
-from .explain import strongest_contexts
+from ..evaluate import activations_of
+from ..explain import strongest_contexts
 
 _BEFORE, _AFTER = 20, 10
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from aksae_kernels import SparseCodes
 
-from .config import FitConfig, SAEConfig
-from .errors import UserError
-from .fit import fit
-from .metrics import ReconstructionMetrics
-from .pricing import adapt, calibrate
-from .sae import SAE
-from .selections import Priced, Selection, TopK
+from ..config import FitConfig, SAEConfig
+from ..errors import UserError
+from ..fit import fit
+from ..metrics import ReconstructionMetrics
+from ..pricing import adapt, calibrate
+from ..sae import SAE
+from ..selections import Priced, Selection, TopK
 
 _CHUNK = 4096
 MATCHED = 0.7
