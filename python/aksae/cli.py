@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from .collect import StoredDtype
 from .config import (
+    COMPARED,
+    TITLES,
     EvaluationMetric,
     ExportTarget,
     LabelConfig,
@@ -58,15 +60,6 @@ _SPLICED = {
     "kl": "KL",
     "recovered_mean": "recovered, mean abl.",
     "recovered_zero": "zero abl.",
-}
-_MODELS = {
-    "adaptivek": "AdaptiveK",
-    "priced": "Priced",
-    "need": "Need",
-    "topk": "TopK",
-    "batch-topk": "BatchTopK",
-    "jumprelu": "JumpReLU",
-    "matryoshka": "Matryoshka",
 }
 _ADAPTED = {
     "own": "by its own rule",
@@ -243,7 +236,8 @@ def collect(
 def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")], resume: Path | None = None) -> None:
     """Train an SAE on text or on activations that are there, and write checkpoints, metrics and an evaluation.
 
-    An AdaptiveK SAE, the default, is trained with a TopK baseline, and gets a report; other selections need no labels.
+    By default a row keeps the latents that lower its error by more than a price (--selection priced), and a TopK SAE of
+    the same mean L0 is trained beside it. AdaptiveK as published is --selection adaptivek. Both get a report.
 
     Args:
         resume: folder of a run that was cut off: it goes on from its last checkpoint with its own settings, and those
@@ -255,8 +249,8 @@ def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")], resume: Path |
     config = config if resume is None else read_run(resume)
     result = train(config, resume=resume is not None)
     _print_table(result.evaluation)
-    adaptive = config.selection == "adaptivek"
-    print(f"report: {result.folder / 'report.html'}" if adaptive else f"SAE: {result.folder / config.selection}")
+    reported = config.selection in COMPARED
+    print(f"report: {result.folder / 'report.html'}" if reported else f"SAE: {result.folder / config.selection}")
 
 
 def evaluate(
@@ -524,10 +518,10 @@ def study(config: Annotated[StudyConfig, tyro.conf.arg(name="")]) -> None:
 
     found = study(config, functools.partial(print, flush=True))
     print("\nDifferences are relative; those in brackets have an interval that holds 0.")
-    _print_lines(lines(found, _MODELS))
-    if table := synthetic_lines(found, _MODELS):
+    _print_lines(lines(found, TITLES))
+    if table := synthetic_lines(found, TITLES):
         _print_lines(table)
-    for path in write_figures(found, _MODELS, config.output):
+    for path in write_figures(found, TITLES, config.output):
         print(path)
 
 
@@ -547,7 +541,7 @@ def _print_table(evaluation: dict[str, Any]) -> None:
     """The models' metrics, one a line, under their names."""
     lines = [["", *_COLUMNS.values()]]
     for name, metrics in evaluation["models"].items():
-        lines.append([_MODELS[name], *(_cell(key, metrics[key]) for key in _COLUMNS)])
+        lines.append([TITLES[name], *(_cell(key, metrics[key]) for key in _COLUMNS)])
     print(f"\n{evaluation['rows']:,} held-out tokens")
     _print_lines(lines)
 
@@ -565,7 +559,7 @@ def _print_elsewhere(evaluation: dict[str, Any]) -> None:
     shown = [key for key in columns if all(key in metrics for metrics in evaluation["models"].values())]
     lines = [["", *(columns[key] for key in shown)]]
     for name, metrics in evaluation["models"].items():
-        lines.append([_MODELS.get(name, name), *(_cell(key, metrics[key]) for key in shown)])
+        lines.append([TITLES.get(name, name), *(_cell(key, metrics[key]) for key in shown)])
     _print_lines(lines)
 
 

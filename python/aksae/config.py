@@ -27,6 +27,22 @@ Config = TypeVar("Config", bound="DataclassInstance")
 SelectionName = Literal["adaptivek", "priced", "need", "topk", "batch-topk", "jumprelu", "matryoshka"]
 SELECTION_NAMES: tuple[SelectionName, ...] = typing.get_args(SelectionName)
 """The selections by their names on the command line, which are those of their folders in a run."""
+ADAPTIVE: Literal["adaptivek"] = "adaptivek"
+"""AdaptiveK as published, with labels, a probe and three phases."""
+BASELINE: Literal["topk"] = "topk"
+"""What runs are compared with."""
+COMPARED: tuple[SelectionName, ...] = (ADAPTIVE, "priced", "need")
+"""The selections with a k for each row: their runs have a baseline of the same mean L0."""
+TITLES: dict[SelectionName, str] = {
+    "adaptivek": "AdaptiveK (paper)",
+    "priced": "AdaptiveK (priced)",
+    "need": "AdaptiveK (need)",
+    "topk": "TopK",
+    "batch-topk": "BatchTopK",
+    "jumprelu": "JumpReLU",
+    "matryoshka": "Matryoshka",
+}
+"""What tables and reports call them."""
 ExportTarget = Literal["hub", "saedashboard", "neuronpedia"]
 """What `aksae export` writes for."""
 EvaluationMetric = Literal["reconstruction", "ce"]
@@ -181,6 +197,18 @@ _LEGACY = ("k", *FLAT)
 """Fields of version 0.1, which `SAEConfig` and checkpoints still take in place of `selection`."""
 
 
+# What no other selection than adaptivek reads.
+_OF_THE_PAPER = (
+    "labels",
+    *(entry.name for entry in dataclasses.fields(KMap)),
+    "probe_reads",
+    "phase3_start",
+    "probe_coef",
+    "phase3_penalty",
+    "probe_lambdas",
+    "probe_folds",
+)
+
 _ADAPTIVE_K = AdaptiveK()
 
 
@@ -256,8 +284,8 @@ class TrainConfig:
     cache: Path | None = None
     """Folder for converted models, labels and activations; None for AKSAE_CACHE or ~/.cache/aksae."""
     activations: Path | None = None
-    """Train on activations that are there, without text, model and labels: a folder of `aksae collect`, or a file or
-    folder of .safetensors, .npy, .pt or .parquet; any selection but adaptivek."""
+    """Train on activations that are there, without text and model: a folder of `aksae collect`, or a file or folder of
+    .safetensors, .npy, .pt or .parquet; any selection but adaptivek."""
     stream: bool = False
     """Train on activations as the model gives them, mixed in memory and kept nowhere; any selection but adaptivek."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -266,11 +294,12 @@ class TrainConfig:
 
     d_sae: int = 4096
     """F, number of latents."""
-    selection: SelectionName = "adaptivek"
-    """How latents are chosen. `adaptivek` needs labels, and trains a probe and a baseline; for the others no text is
-    labelled, activations are scaled to a mean norm of sqrt(D), and `k` is the number of latents of a row. `priced`
-    keeps those that lower the error by more than a price, `need` as many as a probe of need gives a row; the price, or
-    the probe's bias, is set by the first rows that are held out."""
+    selection: SelectionName = "priced"
+    """How latents are chosen. AdaptiveK, a k for each row, is three of them: `priced` keeps the latents that lower a
+    row's error by more than a price, `need` as many as a probe of need gives a row; the price, or the probe's bias, is
+    set by the first rows that are held out. `adaptivek` is the paper's mode as published: labels, a probe of complexity
+    and three phases. For all others no text is labelled, activations are scaled to a mean norm of sqrt(D), and `k` is
+    the number of latents of a row."""
     k: int = 64
     """Latents of a row: of each (topk), on average (priced, need, batch-topk, matryoshka), or what training aims at
     (jumprelu)."""
@@ -287,10 +316,11 @@ class TrainConfig:
     train_on: Literal["all", "last"] = "all"
     """Train the SAE on all tokens, or on each context's last token only (as the paper does)."""
     baseline: bool = True
-    """Also train a TopK SAE whose k is the AdaptiveK SAE's mean L0 on the held-out rows, where the table compares."""
+    """`priced`, `need`, `adaptivek`: also train a TopK SAE of the same mean L0 on the held-out rows, where the table
+    compares, on the same rows in the same order."""
 
     steps: int = 600
-    """Optimiser steps of the AdaptiveK run (phases 2 and 3 together), and of the baseline."""
+    """Optimiser steps (with adaptivek of phases 2 and 3 together), and as many of the baseline."""
     batch_size: int = 2048
     """Rows (tokens) per step."""
     lr: float = 1e-3
@@ -436,13 +466,10 @@ def _of_version_0_1(data: Mapping[str, Any]) -> dict[str, Any]:
 def validate(config: TrainConfig) -> None:
     """Raise UserError, naming the field, what it got and what it needs, where a run could not go well."""
     _at_least("d_sae", config.d_sae, 1)
-    if config.selection == "adaptivek":
+    if config.selection == ADAPTIVE:
         _validate_adaptive(config)
     else:
-        at_least("k", config.k, 1, config.d_sae)
-        selection_for(config).check(config.d_sae)
-        if config.train_on != "all":
-            raise UserError(f"train_on: got {config.train_on}, needs all with the selection {config.selection}")
+        _validate_others(config)
     if config.activations is not None and config.stream:
         raise UserError(f"stream: got True beside activations ({config.activations}), needs one of the two")
     for name in ("steps", "batch_size", "dead_after", "log_every", "checkpoint_every"):
@@ -466,7 +493,7 @@ def validate(config: TrainConfig) -> None:
 
 def _validate_adaptive(config: TrainConfig) -> None:
     """Raise UserError where an AdaptiveK run could not go well."""
-    others = ", ".join(name for name in SELECTION_NAMES if name != "adaptivek")
+    others = ", ".join(name for name in SELECTION_NAMES if name != ADAPTIVE)
     if config.activations is not None:
         raise UserError(
             f"selection: got adaptivek for activations ({config.activations}), which have no labels to fit a probe on; "
@@ -480,6 +507,26 @@ def _validate_adaptive(config: TrainConfig) -> None:
     k_map_of(config)  # raises where it is none
     if config.k_max > config.d_sae:
         raise UserError(f"k_max: got {config.k_max}, needs at most d_sae = {config.d_sae}")
+
+
+def _validate_others(config: TrainConfig) -> None:
+    """Raise UserError where a run of another selection could not go well, or would not heed a setting."""
+    at_least("k", config.k, 1, config.d_sae)
+    selection_for(config).check(config.d_sae)
+    if config.train_on != "all":
+        raise UserError(f"train_on: got {config.train_on}, needs all with the selection {config.selection}")
+    defaults = TrainConfig()
+    for name in _OF_THE_PAPER:
+        if (value := getattr(config, name)) != getattr(defaults, name):
+            raise UserError(
+                f"{name}: got {value} with the selection {config.selection}, which does not read it, needs the "
+                "selection adaptivek"
+            )
+
+
+def has_baseline(config: TrainConfig) -> bool:
+    """Whether the run of `config` trains a TopK SAE, too, and is compared with it."""
+    return config.baseline and config.selection in COMPARED
 
 
 def selection_for(config: TrainConfig) -> Selection:

@@ -14,12 +14,15 @@ from aksae_kernels import frozen
 from .activations import LanguageModel, resolve_device
 from .batches import Batch
 from .config import (
+    ADAPTIVE,
+    BASELINE,
     SELECTION_NAMES,
     ProbeReads,
     SAEConfig,
     TrainConfig,
     adaptive_config,
     cache_folder,
+    selection_for,
     to_dict,
     validate,
 )
@@ -41,13 +44,10 @@ from .runs import read_run
 from .sae import SAE
 from .selections import TopK
 from .text import load_contexts
+from .top_contexts import activations_of, spread_latents, top_contexts
 
-ADAPTIVE, BASELINE = "adaptivek", "topk"
 K_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """The L0-FVU curve is drawn with every k scaled by these."""
-
-_DENSE = 0.1
-_LATENTS, _EXAMPLES = 12, 5
 
 
 def evaluate_run(folder: Path) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     validate(config)
     if config.selection != ADAPTIVE:
         return evaluate_unlabelled(config)
-    models = _checkpoints(folder, config)
+    models = read_checkpoints(folder, config)
     recorded = read_json(folder / "data.json", needs=dict)
     if "labels" not in recorded:
         raise UserError(
@@ -129,21 +129,19 @@ def _weights_digest(folder: Path, name: str) -> str:
     return digest_of_file(folder / name / WEIGHTS)
 
 
-def _checkpoints(folder: Path, config: TrainConfig) -> dict[str, SAE]:
-    """The models of the run in `folder`, once they are known to be its own."""
-    names = [name for name in (ADAPTIVE, BASELINE) if (folder / name).is_dir()]
-    if ADAPTIVE not in names:
-        raise UserError(f"{folder}: got no checkpoint folder {ADAPTIVE}, needs a run that has reached one")
+def read_checkpoints(folder: Path, config: TrainConfig) -> dict[str, SAE]:
+    """The models of the run in `folder`, by name, once they are known to be its own.
+
+    Raises UserError for a folder without a checkpoint of the run's selection, for checkpoints of other settings than
+    the run's, and for others than those that an `eval.json` that is there is of.
+    """
+    names = [name for name in dict.fromkeys((config.selection, BASELINE)) if (folder / name).is_dir()]
+    if config.selection not in names:
+        raise UserError(f"{folder}: got no checkpoint folder {config.selection}, needs a run that has reached one")
     models = {name: SAE.from_pretrained(folder / name) for name in names}
     for name, sae in models.items():
-        has = sae.config
-        if name == ADAPTIVE:
-            wanted = adaptive_config(config, has.d_in, read_json(folder / "probe.json", needs=dict).get("lambda"))
-        else:
-            k = has.selection.k if isinstance(has.selection, TopK) else 1
-            wanted = SAEConfig(has.d_in, config.d_sae, TopK(k))
-        got = _flat(to_dict(has))
-        for key, value in _flat(to_dict(wanted)).items():
+        got = _flat(to_dict(sae.config))
+        for key, value in _flat(to_dict(_wanted(folder, config, name, sae.config))).items():
             if got.get(key) != value:
                 raise UserError(
                     f"{folder / name}: got the checkpoint of another run ({key} {got.get(key)}), needs the run's "
@@ -152,6 +150,18 @@ def _checkpoints(folder: Path, config: TrainConfig) -> dict[str, SAE]:
     if (folder / "eval.json").exists():
         check_evaluated(folder, read_json(folder / "eval.json", needs=dict))
     return models
+
+
+def _wanted(folder: Path, config: TrainConfig, name: str, has: SAEConfig) -> SAEConfig:
+    """The config that the checkpoint `name`, which `has` one, should have as far as the run's settings say."""
+    if name == ADAPTIVE:
+        return adaptive_config(config, has.d_in, read_json(folder / "probe.json", needs=dict).get("lambda"))
+    if config.selection == ADAPTIVE:
+        # Its k was measured.
+        return SAEConfig(has.d_in, config.d_sae, TopK(has.selection.k if isinstance(has.selection, TopK) else 1))
+    selection = selection_for(config) if name == config.selection else TopK(config.k)
+    scales = {"input_scale": has.input_scale, "output_scale": has.output_scale}
+    return SAEConfig(has.d_in, config.d_sae, selection, **scales)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -184,7 +194,7 @@ def evaluate(
     }
     adaptive, measured = models[ADAPTIVE], at_scale[ADAPTIVE][1.0]
     contexts = _contexts(adaptive, heldout, config.probe_reads, device)
-    latents = _spread_latents(measured.fired.cpu(), len(reader.rows))
+    latents = spread_latents(measured.fired.cpu(), len(reader.rows))
     k, rows = measured.k.cpu().unique(return_counts=True)
     return {
         "rows": len(reader.rows),
@@ -239,57 +249,16 @@ def _top_contexts(
     contexts: list[dict[str, Any]],
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    """The contexts in which each of `latents` is most active, with their tokens."""
-    activations = torch.cat(
-        [
-            activations_of(latents, _encode(sae, batch, reader.k(sae, batch)))
-            for batch in reader.in_order(batch_size, all_rows=True)
-        ]
-    )
-    # [latents, contexts]: the largest activation of each latent in each context.
-    context = heldout.store.context.expand(len(latents), -1)
-    strongest = torch.zeros(len(latents), len(contexts)).scatter_reduce(1, context, activations.T, "amax")
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), heldout.store.last_rows() + 1])
+    """The contexts in which each of `latents` is most active, with their tokens, whatever rows are trained on."""
+    batches = reader.in_order(batch_size, all_rows=True)
+    activations = torch.cat([activations_of(latents, _encode(sae, batch, reader.k(sae, batch))) for batch in batches])
 
-    def example(latent: int, number: int) -> dict[str, Any]:
-        rows = slice(starts[number], starts[number + 1])
+    def about(number: int) -> dict[str, Any]:
         tokens = heldout.contexts.input_ids[number][heldout.contexts.loss_mask[number]]
         return {
             "tokens": [tokenizer.decode([token]) for token in tokens.tolist()],
-            "activations": activations[rows, latent].tolist(),
             "score": contexts[number]["score"],
             "k": contexts[number]["k"],
         }
 
-    def top(latent: int) -> list[int]:
-        best = strongest[latent].sort(descending=True, stable=True)
-        return best.indices[:_EXAMPLES][best.values[:_EXAMPLES] > 0].tolist()
-
-    return [
-        {
-            "latent": number,
-            "max": strongest[latent].max().item(),
-            "examples": [example(latent, context) for context in top(latent)],
-        }
-        for latent, number in enumerate(latents.tolist())
-    ]
-
-
-def _spread_latents(fired: Tensor, n_rows: int) -> Tensor:
-    """At most 12 latents that fired, evenly spaced from rarest to most frequent.
-
-    Those on over 10 % of the rows are left out, unless there are no others: no context shows what they stand for.
-    """
-    alive = fired > 0
-    wanted = alive & (fired <= _DENSE * n_rows)
-    candidates = (wanted if wanted.any() else alive).nonzero().flatten()
-    by_frequency = candidates[fired[candidates].argsort(stable=True)]
-    if not len(by_frequency):
-        return by_frequency
-    return by_frequency[torch.linspace(0, len(by_frequency) - 1, min(_LATENTS, len(by_frequency))).round().long()]
-
-
-def activations_of(latents: Tensor, codes) -> Tensor:
-    """The activations of `latents [n]` in codes `[B, K]`: `[B, n]` on the CPU, 0 where one was not selected."""
-    columns = [torch.where(codes.indices == latent, codes.values, 0).sum(-1) for latent in latents.tolist()]
-    return torch.stack(columns, 1).cpu() if columns else codes.values.new_zeros(len(codes.values), 0).cpu()
+    return top_contexts(latents, activations, heldout.store.context, about)

@@ -17,7 +17,6 @@ from .activations import LanguageModel
 from .config import ModelChoice, TrainConfig, cache_folder
 from .data import LABELS, BatchReader, Corpus, collect_contexts, read_scores
 from .errors import UserError
-from .evaluate import activations_of
 from .files import read_json
 from .finished import Finished, open_finished
 from .identity import require_same
@@ -28,6 +27,7 @@ from .selections import AdaptiveK
 from .sites import Site, replaced_sites
 from .streaming import forward_blocks
 from .text import ContextSet, load_contexts
+from .top_contexts import activations_of
 
 _BEFORE, _AFTER = 20, 10
 

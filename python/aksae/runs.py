@@ -12,11 +12,12 @@ import torch
 
 from .activations import resolve_device
 from .checkpoints import LOG
-from .config import SELECTION_NAMES, TrainConfig, absolute, from_dict, to_dict
+from .config import ADAPTIVE, SELECTION_NAMES, SAEConfig, TrainConfig, absolute, from_dict, to_dict
 from .data import LABELS
 from .errors import UserError
 from .files import check_writable, read_json, write_json
 from .fit import FitConfig
+from .sae import SAE
 
 _RUN_FILES = (
     "config.json",
@@ -42,7 +43,11 @@ class TrainResult:
 
 def read_run(folder: Path) -> TrainConfig:
     """The settings of the run in `folder`, to be gone on with there. Raises UserError for a folder without a run."""
-    config = from_dict(TrainConfig, read_json(folder / "config.json"), str(folder / "config.json"))
+    settings = read_json(folder / "config.json")
+    if isinstance(settings, dict):
+        # Runs of before there were others name no selection.
+        settings = {"selection": ADAPTIVE, **settings}
+    config = from_dict(TrainConfig, settings, str(folder / "config.json"))
     return dataclasses.replace(config, output=folder)
 
 
@@ -95,5 +100,6 @@ def fit_config(config: TrainConfig, name: str, *, resume: bool, **others: Any) -
     )
 
 
-def seeded(config: TrainConfig) -> torch.Generator:
-    return torch.Generator().manual_seed(config.seed)
+def new_sae(config: TrainConfig, sae: SAEConfig) -> SAE:
+    """An SAE of a run, before its first step: those of one shape begin with the same weights."""
+    return SAE(sae, generator=torch.Generator().manual_seed(config.seed))

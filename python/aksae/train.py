@@ -1,4 +1,4 @@
-"""A training run from text to report: labels, activations, probe, the two SAE phases, the baseline, evaluation."""
+"""A training run of the paper's mode: labels, activations, probe, the two SAE phases, the baseline, evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .activations import resolve_device
 from .batches import Batch, listed
 from .callbacks import Callback, JsonLines, Log, Progress, Records
 from .checkpoints import LOG
-from .config import SAEConfig, TrainConfig, adaptive_config, cache_folder, validate
+from .config import ADAPTIVE, BASELINE, SAEConfig, TrainConfig, adaptive_config, cache_folder, has_baseline, validate
 from .data import (
     LABELS,
     BatchReader,
@@ -29,13 +29,13 @@ from .data import (
     score_corpus,
 )
 from .errors import Notice, UserError
-from .evaluate import ADAPTIVE, BASELINE, evaluate, mean_l0, run_settings, write_evaluation
+from .evaluate import evaluate, mean_l0, run_settings, write_evaluation
 from .files import check_space, write_files, write_json
 from .fit import fit
 from .learner import lr_factor
 from .losses import DeviationWeight, deviation, probe_loss
 from .probe import ComplexityProbe, ProbeReport
-from .runs import TrainResult, check_output, fit_config, seeded, start_run
+from .runs import TrainResult, check_output, fit_config, new_sae, start_run
 from .sae import SAE
 from .selections import TopK
 
@@ -43,10 +43,16 @@ _PROBE_HOLDOUT = 0.2
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
-    """Train an AdaptiveK SAE on a language model's activations, in three phases, and a TopK SAE of equal L0 beside it.
+    """Train the SAE that `config` asks for, with a k for each row and a TopK SAE of equal L0 beside it by default.
 
-    Beyond its options it differs from the authors' code in that batches are drawn in a new order each epoch, the probe
-    term of phase 3 is a mean over the distinct contexts of a batch, and the default precision is fp32.
+    The selections but `adaptivek` need no labels: `priced`, the default, and `need` take the k of a row from what the
+    SAE makes of it. Their runs hold config, `data.json`, `metrics.jsonl`, each SAE in a folder of its selection's name,
+    `eval.json` and, with `priced` and `need`, `report.html`. Under `torchrun` each process reads rows of its own, and
+    rank 0 writes.
+
+    `adaptivek` is the paper's mode: labels, a probe of them, an SAE with the probe frozen, then both. Beyond its
+    options it differs from the authors' code in that batches are drawn in a new order each epoch, the probe term of
+    phase 3 is a mean over the distinct contexts of a batch, and the default precision is fp32.
 
     Everything random follows `config.seed` and `config.text.seed`. Labels and activations are kept in the cache folder
     and used again by a run that reads the same; everything else goes to `config.output`, which is created once the
@@ -93,18 +99,18 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
     write_json(config.output / "probe.json", {**probe_report.to_dict(), "scores": counts})
 
     # Phases 2 and 3: the SAE, first with the probe frozen, then with both.
-    adaptive = SAE(adaptive_config(config, data.train.store.d_in, probe_report.lam), generator=seeded(config))
+    adaptive = new_sae(config, adaptive_config(config, data.train.store.d_in, probe_report.lam))
     adaptive.probe.load_state_dict(probe.state_dict())
     train_sae(adaptive, data.train, config, name=ADAPTIVE, resume=resume)
     models = {ADAPTIVE: adaptive}
 
-    if config.baseline:
+    if has_baseline(config):
         # Equal L0 where the two are compared.
         reader = BatchReader(
             data.heldout.store, probe_reads=config.probe_reads, train_on=config.train_on, device=device
         )
         k = max(1, round(mean_l0(adaptive, reader, config.batch_size)))
-        topk = SAE(SAEConfig(adaptive.config.d_in, config.d_sae, TopK(k)), generator=seeded(config))
+        topk = new_sae(config, SAEConfig(adaptive.config.d_in, config.d_sae, TopK(k)))
         train_sae(topk, data.train, config, name=BASELINE, resume=resume)
         models[BASELINE] = topk
 
