@@ -88,7 +88,7 @@ def run_contents(steps=600, contexts=180):
     }  # fmt: skip
     lambdas = [1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0]
     return {
-        "config": to_dict(TrainConfig(steps=steps)),
+        "config": to_dict(TrainConfig(steps=steps, selection="adaptivek")),
         "metrics": [*metrics_of("adaptivek", steps, phase3, rng), *metrics_of("topk", steps, phase3, rng)],
         "probe": {
             "lambda": 100.0,
