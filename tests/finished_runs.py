@@ -36,7 +36,7 @@ def train(kind: str, model: Path, folder: Path) -> Path:
         np.save(folder / "x.npy", np.random.default_rng(0).standard_normal((400, WIDTH)).astype(np.float32))
         settings |= {"activations": folder / "x.npy", "selection": "topk", **k}
     elif kind in ("adaptivek", "mean"):
-        settings |= {**source, **k_map, "probe-reads": "mean" if kind == "mean" else "last"}
+        settings |= {**source, **k_map, "selection": "adaptivek", "probe-reads": "mean" if kind == "mean" else "last"}
     else:
         settings |= {**source, **k, "selection": "topk" if kind == "stream" else kind}
     assert call("train", *(["--stream"] if kind == "stream" else []), **settings) == 0

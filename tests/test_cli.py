@@ -76,6 +76,7 @@ def inputs(model, text, cache):
 def settings(inputs):
     return {
         **inputs,
+        "selection": "adaptivek",
         "d-sae": 64,
         "k-min": 2,
         "k-max": 12,
@@ -135,7 +136,7 @@ def test_eval_and_report_of_a_run(finished, tmp_path, capsys):
     assert call("eval", folder) == 0
     table = capsys.readouterr().out
     assert re.search(r"^ +FVU +expl\. var\. .*dead$", table, re.MULTILINE)
-    assert re.search(r"^AdaptiveK( +[\d.e+-]+%?){10}$", table, re.MULTILINE)
+    assert re.search(r"^AdaptiveK \(paper\)( +[\d.e+-]+%?){10}$", table, re.MULTILINE)
     assert re.search(r"^TopK( +[\d.e+-]+%?){10}$", table, re.MULTILINE)
     assert (folder / "eval.json").read_text() == evaluation
     assert call("report", folder) == 0

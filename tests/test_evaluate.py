@@ -10,8 +10,9 @@ import pytest
 import torch
 from aksae import AdaptiveK, AdaptiveKSAE, KMap, SAEConfig, TopK, TrainConfig, UserError
 from aksae.data import BatchReader, Split
-from aksae.evaluate import K_FACTORS, _spread_latents, evaluate, evaluate_run, mean_l0
+from aksae.evaluate import K_FACTORS, evaluate, evaluate_run, mean_l0
 from aksae.metrics import ReconstructionMetrics
+from aksae.top_contexts import spread_latents
 
 D, F, N = 6, 40, 90
 
@@ -60,7 +61,7 @@ def make_sae(k=None) -> AdaptiveKSAE:
 
 @pytest.fixture
 def config(tmp_path):
-    return TrainConfig(output=tmp_path, d_sae=F, k_min=2, k_max=10, batch_size=32, device="cpu")
+    return TrainConfig(output=tmp_path, selection="adaptivek", d_sae=F, k_min=2, k_max=10, batch_size=32, device="cpu")
 
 
 @pytest.fixture
@@ -164,17 +165,17 @@ def test_top_contexts_show_the_latents_own_activations(evaluation):
 
 def test_shown_latents_are_spread_over_frequencies():
     fired = torch.tensor([0, 5, 99, *range(1, 31)])
-    chosen = _spread_latents(fired, n_rows=300)
+    chosen = spread_latents(fired, n_rows=300)
     assert len(chosen) == 12
     assert fired[chosen].tolist() == sorted(fired[chosen].tolist())
     assert fired[chosen][0] == 1
     assert fired[chosen][-1] == 30, "99 of 300 rows is dense"
-    assert _spread_latents(torch.tensor([0, 200, 300]), n_rows=300).tolist() == [1, 2]
-    assert _spread_latents(torch.zeros(4), n_rows=300).tolist() == []
+    assert spread_latents(torch.tensor([0, 200, 300]), n_rows=300).tolist() == [1, 2]
+    assert spread_latents(torch.zeros(4), n_rows=300).tolist() == []
 
 
 def test_every_factor_of_k_stays_within_the_dictionary():
-    split, config = make_split(), TrainConfig(d_sae=12, k_min=1, k_max=12, device="cpu")
+    split, config = make_split(), TrainConfig(selection="adaptivek", d_sae=12, k_min=1, k_max=12, device="cpu")
     sae = AdaptiveKSAE(SAEConfig(D, 12, k_min=1, k_max=12))
     curve = evaluate({"adaptivek": sae}, split, Tokenizer(), config, torch.device("cpu"))["l0_fvu"]["adaptivek"]
     assert 0 < curve[0][0] <= curve[-1][0] <= 12

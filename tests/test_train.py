@@ -54,6 +54,7 @@ def make_split(n_contexts=40, dtype=torch.float64) -> Split:
 def make_config(tmp_path, **fields) -> TrainConfig:
     defaults = {
         "output": tmp_path / "run",
+        "selection": "adaptivek",
         "d_sae": F,
         "k_min": 1,
         "k_max": 6,

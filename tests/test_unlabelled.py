@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from aksae import SAE, BatchTopK, JumpReLU, Matryoshka, Need, Priced, TopK, open_activations
+from aksae import SAE, BatchTopK, JumpReLU, Matryoshka, Need, Priced, SAEConfig, TopK, open_activations
 from aksae.callbacks import JsonLines
 from command_line import call, fails
 from language_models import WIDTH, write_documents
@@ -77,13 +77,20 @@ def source(saved, text, tmp_path):
     }
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """Nothing is drawn, which would take most of a small run's time."""
+    monkeypatch.setattr("aksae.report.write_report", lambda run: None)
+
+
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_every_selection_on_files_of_ones_own(settings, tmp_path, capsys, name):
     assert call("train", **settings, selection=name) == 0
     table = capsys.readouterr().out
     assert "60 held-out tokens" in table
-    run = tmp_path / "run"
-    assert sorted(os.listdir(run)) == sorted(["config.json", "data.json", "eval.json", "metrics.jsonl", name])
+    run, compared = tmp_path / "run", name in ("priced", "need")
+    beside = ["report.html", "topk"] if compared else []
+    assert sorted(os.listdir(run)) == sorted(["config.json", "data.json", "eval.json", "metrics.jsonl", name, *beside])
     sae = SAE.from_pretrained(run / name)
     assert sae.config.selection == SELECTIONS[name]
     assert sae.config.input_scale != 1
@@ -95,24 +102,100 @@ def test_every_selection_on_files_of_ones_own(settings, tmp_path, capsys, name):
     assert evaluation["models"][name]["fvu"] == pytest.approx(float(error), rel=1e-4)
     assert evaluation["models"][name]["k_mean"] == 4
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(record["model"], record["step"]) for record in records] == [(name, step) for step in (0, 10, 20, 29)]
+    models = [name, "topk"] if compared else [name]
+    assert list(evaluation["models"]) == models
+    assert [(record["model"], record["step"]) for record in records] == [
+        (model, step) for model in models for step in (0, 10, 20, 29)
+    ]
     assert all(0 <= record["data_wait"] <= 1 for record in records)
     before = (run / "eval.json").read_text()
     assert call("eval", run) == 0
     assert (run / "eval.json").read_text() == before
-    fails(capsys, rf"is one of {name}, of which `aksae eval` prints all there is; needs adaptivek", "report", run)
+    if not compared:
+        message = rf"is one of {name}, of which `aksae eval` prints all there is; needs adaptivek, priced, need"
+        fails(capsys, message, "report", run)
+        return
+    report = (run / "report.html").read_text()
+    assert call("report", run) == 0
+    assert (run / "report.html").read_text() == report
+    assert "no text is known of them" in report
+    assert evaluation["sample"] == {"rows": 60, "unit": "rows"}
+    assert "spending" not in evaluation
+    assert ("walks" in evaluation) == (name == "priced")
 
 
-def cut_off(monkeypatch, step):
+def test_by_default_latents_have_a_price_and_topk_of_equal_l0_stands_beside_it(settings, source, tmp_path, capsys):
+    del settings["activations"]
+    assert call("train", **settings, **source) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^AdaptiveK \(priced\) .*^TopK ", shown, re.MULTILINE | re.DOTALL)
+    assert f"report: {tmp_path / 'run' / 'report.html'}" in shown
+    priced, topk = (SAE.from_pretrained(tmp_path / "run" / name) for name in ("priced", "topk"))
+    assert priced.config.selection == Priced(4)
+    assert topk.config.selection == TopK(4)
+    evaluation = json.loads((tmp_path / "run" / "eval.json").read_text())
+    l0 = [evaluation["models"][name]["l0_mean"] for name in ("priced", "topk")]
+    assert l0 == pytest.approx([4, 4], abs=0.05)
+    # Both read the same rows in the same order, from the same weights on.
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first = {record["model"]: record["fvu"] for record in records if record["step"] == 0}
+    assert first["priced"] == first["topk"]
+    assert evaluation["sample"]["unit"] == "documents"
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "AdaptiveK (priced) and TopK on held-out documents" in report
+    assert "Most latents" in report
+    assert report.count('id="walk-') > 6
+
+
+def test_a_run_without_a_baseline(settings, tmp_path, capsys):
+    assert call("train", "--no-baseline", **settings) == 0
+    assert not (tmp_path / "run" / "topk").exists()
+    evaluation = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert list(evaluation["models"]) == ["priced"]
+    assert evaluation["pareto"]["differences"] == {}
+    assert "nothing to compare it with" in (tmp_path / "run" / "report.html").read_text()
+    assert call("eval", tmp_path / "run") == 0
+
+
+def test_another_baseline_is_not_evaluated(settings, tmp_path, capsys, no_report):
+    assert call("train", **settings) == 0
+    other = SAE(SAEConfig(D, F, TopK(5)))
+    (tmp_path / "run" / "eval.json").unlink()
+    other.save_pretrained(tmp_path / "run" / "topk")
+    message = r"topk: got the checkpoint of another run \(selection.k 5\), needs the run's \(selection.k 4\)"
+    fails(capsys, message, "eval", tmp_path / "run")
+
+
+def cut_off(monkeypatch, step, model=None):
+    """Interrupt the next run once, at a step, in the training of a model."""
     log, cut = JsonLines.on_log, []
 
     def once(self, run, record):
         log(self, run, record)
-        if not cut and record["step"] == step:
+        if not cut and record["step"] == step and model in (None, self.common["model"]):
             cut.append(record)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(JsonLines, "on_log", once)
+
+
+def test_a_run_with_a_baseline_that_was_cut_off_ends_with_the_same_bits(
+    settings, tmp_path, monkeypatch, capsys, no_report
+):
+    """Cut off in the training of the one, and then of the other."""
+    assert call("train", **{**settings, "output": tmp_path / "whole"}) == 0
+    cut_off(monkeypatch, 20, "priced")
+    fails(capsys, "interrupted", "train", status=130, **settings)
+    assert not (tmp_path / "run" / "topk").exists()
+    cut_off(monkeypatch, 20, "topk")
+    fails(capsys, "interrupted", "train", status=130, resume=tmp_path / "run")
+    assert (tmp_path / "run" / "topk").exists()
+    assert call("train", resume=tmp_path / "run") == 0
+    for name in ("priced", "topk"):
+        whole, ended = (SAE.from_pretrained(tmp_path / run / name).state_dict() for run in ("whole", "run"))
+        assert all(torch.equal(whole[key], ended[key]) for key in whole)
+    evaluations = [json.loads((tmp_path / run / "eval.json").read_text()) for run in ("whole", "run")]
+    assert evaluations[0] == evaluations[1]
 
 
 @pytest.mark.parametrize("kind", ["activations", "text", "stream"])
@@ -154,6 +237,11 @@ WRONG = {
     "nothing there": ({"activations": "nowhere"}, "activations: got nowhere, which does not exist, needs a file"),
     "k": ({"k": 33}, "k: got 33, needs a number from 1 to d_sae = 32"),
     "no k": ({"selection": "jumprelu", "k": 0}, "k: got 0, needs a number from 1 to d_sae = 32"),
+    "labels": (
+        {"labels.scorer": "surprisal"},
+        r"labels: got LabelConfig\(.* with the selection topk, which does not read it, needs the selection adaptivek",
+    ),
+    "the probe": ({"probe-reads": "mean"}, "probe_reads: got mean with the selection topk, which does not read it"),
     "rows": ({"train-on": "last"}, "train_on: got last, needs all with the selection topk"),
     "fraction": ({"text.heldout-fraction": 1}, "text.heldout_fraction: got 1.0, needs a number between 0 and 1"),
     "nothing held out": ({"text.heldout-fraction": 0.0001}, "got 600 rows, of which 0 would be held out"),
@@ -174,6 +262,7 @@ def test_prefixes_and_stream_are_checked(settings, source, tmp_path, capsys):
     )
     fails(capsys, "stream: got True beside activations", "train", "--stream", **settings, selection="topk")
     del settings["activations"]
+    settings["selection"] = "adaptivek"
     fails(capsys, "selection: got adaptivek with stream, whose probe", "train", "--stream", **settings, **source)
 
 
@@ -278,7 +367,7 @@ def test_a_run_on_text_that_is_cut_off_keeps_its_activations(source, settings, t
     monkeypatch.setattr(collecting, "publish_shard", interrupted)
     monkeypatch.setattr(collecting.collect, "__kwdefaults__", {**collecting.collect.__kwdefaults__, "shard_mb": 0.01})
     del settings["activations"], settings["k"]
-    options = {**settings, **source, "steps": 3, "k-min": 1, "k-max": 4}
+    options = {**settings, **source, "selection": "adaptivek", "steps": 3, "k-min": 1, "k-max": 4}
     fails(capsys, "interrupted", "train", status=130, **options)
     left = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("shard-*")}
     assert len(left) == 2
@@ -288,13 +377,17 @@ def test_a_run_on_text_that_is_cut_off_keeps_its_activations(source, settings, t
 
 
 def test_two_processes_train_on_shares_of_the_rows(settings, tmp_path):
-    options = {**settings, "selection": "topk", "batch-size": 16}
+    options = {**settings, "batch-size": 16}
     flags = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "aksae"]
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'python'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, "train", *flags], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [(record["step"], record["rows"]) for record in records] == [(0, 32), (10, 352), (20, 672), (29, 960)]
-    assert json.loads((tmp_path / "run" / "eval.json").read_text())["rows"] == 60
+    assert [(record["model"], record["step"], record["rows"]) for record in records] == [
+        (model, *numbers) for model in ("priced", "topk") for numbers in ((0, 32), (10, 352), (20, 672), (29, 960))
+    ]
+    evaluation = (tmp_path / "run" / "eval.json").read_text()
+    assert json.loads(evaluation)["rows"] == 60
     assert call("eval", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "eval.json").read_text() == evaluation

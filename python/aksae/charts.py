@@ -113,7 +113,8 @@ def histogram(title: str, rows: Mapping[float, float], *, quantity: str, name: s
 def axes(*heights: float) -> Iterator[tuple[tuple[Axes, ...], Callable[[str, str], str]]]:
     """Axes in the report's style, and what turns them into SVG, given a name unique in the page and a description.
 
-    One for each of some relative heights, below each other, with one x axis; one alone without any.
+    One for each of some relative heights, below each other, with one x axis; one alone without any. The style, and what
+    makes the same drawing the same bytes, holds within the block.
     """
     import matplotlib
     from matplotlib.figure import Figure

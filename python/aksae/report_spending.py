@@ -107,12 +107,12 @@ def _pareto(evaluation: dict, names: list[str]) -> Chart:
         log_if_wide(ax, [p["l0"] for points in curves.values() for p in points], axis="x")
         log_if_wide(ax, [p["fvu"] for points in curves.values() for p in points])
         ax.set(xlabel="mean L0", ylabel="FVU")
-    unit = as_dict(evaluation.get("sample")).get("unit", "documents")
-    caption = (
-        f"{_sample(evaluation)}; lower is better. Bands are intervals of 95 %, by resampling {unit}. Each SAE was "
-        "trained at one budget and is read at the others too, by another price (or bias) or, for TopK, another k."
-    )
-    return Chart(title, caption, done("pareto", "Mean L0 against FVU on held-out rows, with intervals"))
+        unit = as_dict(evaluation.get("sample")).get("unit", "documents")
+        caption = (
+            f"{_sample(evaluation)}; lower is better. Bands are intervals of 95 %, by resampling {unit}. Each SAE was "
+            "trained at one budget and is read at the others too, by another price (or bias) or, for TopK, another k."
+        )
+        return Chart(title, caption, done("pareto", "Mean L0 against FVU on held-out rows, with intervals"))
 
 
 def _difference(evaluation: dict, names: list[str]) -> Chart:
@@ -134,9 +134,9 @@ def _difference(evaluation: dict, names: list[str]) -> Chart:
         log_if_wide(ax, l0, axis="x")
         ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f}%" if value else "0%")
         ax.set(xlabel="mean L0", ylabel="difference from TopK")
-    told = ", ".join(f"{v:+.1%} [{a:+.1%}, {b:+.1%}] at {n:.0f}" for n, v, a, b in points)
-    caption = f"{TITLES[names[0]]} against TopK on the same rows, with paired intervals of 95 %: {told}."
-    return Chart(title, caption, done("difference", "Relative difference of FVU at equal mean L0, with intervals"))
+        told = ", ".join(f"{v:+.1%} [{a:+.1%}, {b:+.1%}] at {n:.0f}" for n, v, a, b in points)
+        caption = f"{TITLES[names[0]]} against TopK on the same rows, with paired intervals of 95 %: {told}."
+        return Chart(title, caption, done("difference", "Relative difference of FVU at equal mean L0, with intervals"))
 
 
 def _l0_histogram(evaluation: dict) -> Chart:
@@ -196,11 +196,11 @@ def _walk_chart(number: int, errors: list[float], passed: list[dict], others: di
         below.grid(axis="x", visible=False)
         below.spines["bottom"].set_color(FAINT)
         below.xaxis.get_major_locator().set_params(integer=True)
-    caption = (
-        "Squared error as a share of the token's variance, after each latent. Dots and bars: so many candidates were "
-        "passed over there."
-    )
-    return Chart("", caption, done(f"walk-{number}", "Error after each latent, and candidates passed over"))
+        caption = (
+            "Squared error as a share of the token's variance, after each latent. Dots and bars: so many candidates were "
+            "passed over there."
+        )
+        return Chart("", caption, done(f"walk-{number}", "Error after each latent, and candidates passed over"))
 
 
 def _best_alone(passed: list[dict]) -> list[dict]:
