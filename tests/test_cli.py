@@ -128,6 +128,18 @@ def test_a_second_run_reads_labels_and_activations_again(finished, settings, tmp
     assert first == second
 
 
+def test_a_run_whose_config_names_no_selection_is_of_the_papers_mode(finished, tmp_path):
+    """As those of before there were others."""
+    folder = shutil.copytree(finished, tmp_path / "old")
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings.pop("selection") == "adaptivek"
+    (folder / "config.json").write_text(json.dumps(settings))
+    evaluation = (folder / "eval.json").read_text()
+    assert call("eval", folder) == 0
+    assert (folder / "eval.json").read_text() == evaluation
+    assert call("report", folder) == 0
+
+
 def test_eval_and_report_of_a_run(finished, tmp_path, capsys):
     folder = shutil.copytree(finished, tmp_path / "copy")
     evaluation = (folder / "eval.json").read_text()

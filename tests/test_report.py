@@ -123,7 +123,8 @@ def without_plots():
 
 def write_run(folder, contents):
     for name in ("config", "probe", "eval"):
-        (folder / f"{name}.json").write_text(json.dumps(contents[name]))
+        if name in contents:
+            (folder / f"{name}.json").write_text(json.dumps(contents[name]))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in contents["metrics"]))
     return folder
 
@@ -307,6 +308,109 @@ def test_missing_optional_keys_are_named(tmp_path):
     ):
         assert sentence in page.words, sentence
     assert page.tags.count("figure") == page.tags.count("figcaption") == 12
+
+
+@pytest.mark.parametrize("selection", ["priced", "need"])
+def test_missing_keys_of_a_run_at_a_price_are_named(tmp_path, selection):
+    config = to_dict(TrainConfig(selection=selection))
+    _, page = report_of(tmp_path, {"config": config, "metrics": [], "eval": {}})
+    missing = ["no “pareto” curve", "no “pareto” of a TopK", "no “l0_histogram”", "no “spending”", "no finite “loss”"]
+    for sentence in [*missing, "no walk" if selection == "priced" else "By need no candidate is passed over"]:
+        assert sentence in page.words, sentence
+    assert f"AdaptiveK ({selection}) SAE on smollm2, layer 15" in page.words
+    assert page.tags.count("figure") == page.tags.count("figcaption") == 9
+
+
+def priced_contents():
+    """What a run at a price leaves, made up, with text that is hostile."""
+    points = {"priced": [(16, 0.36), (64, 0.13)], "topk": [(16, 0.38), (64, 0.18)]}
+    curves = {
+        name: [{"l0": l0, "fvu": fvu, "low": fvu - 0.01, "high": fvu + 0.01} for l0, fvu in curve]
+        for name, curve in points.items()
+    }
+    changes = [{"difference": [-0.02, -0.03, -0.01], "change": [-0.05, -0.07, -0.04]}] * 2
+    passed = {"latent": 5, "value": 1.0, "after": 1, "alone": 0.25, "gain": 0.001, "explained_by": 9, "share": 0.75}
+    walk = {
+        "row": 3, "l0": 2, "before": HOSTILE[0], "token": HOSTILE[1], "after": HOSTILE[2], "price": 0.01,
+        "latents": [9, 4], "values": [3.0, 0.5], "errors": [1.0, 0.2, 0.1], "others": {"topk": [1.0, 0.3, 0.2]},
+        "passed": [passed, {**passed, "latent": 6, "explained_by": None, "after": 2}],
+    }  # fmt: skip
+    entry = {"before": "a", "token": HOSTILE[0], "after": "b", "l0": 90}
+    model = run_contents(steps=1, contexts=1)["eval"]["models"]["topk"]
+    rng = np.random.default_rng(0)
+    return {
+        "config": to_dict(TrainConfig(steps=60)),
+        "metrics": [{**record, "model": name} for name in points for record in metrics_of("topk", 60, 99, rng)],
+        "eval": {
+            "rows": 640,
+            "models": {"priced": {**model, "fvu": 0.1, "l0_mean": 64.0}, "topk": {**model, "l0_mean": 64.0}},
+            "sample": {"rows": 640, "unit": "documents"},
+            "pareto": {"rows": 640, "units": 12, "models": curves, "differences": {"topk": changes}},
+            "l0_histogram": {"l0": [10, 64, 90], "rows": [300, 40, 300]},
+            "walks": [walk],
+            "spending": {
+                "contexts": [{"mean": 40.0, "tokens": [" low", HOSTILE[0], " high"], "l0": [10, 50, 90]}],
+                "most": [entry],
+                "fewest": [{**entry, "l0": 10}],
+                "kinds": [{"kind": "number", "rows": 40, "l0": 33.3}, {"kind": "punctuation", "rows": 600, "l0": 66.6}],
+            },
+            "top_contexts": [
+                {"latent": 8, "max": 4.0, "examples": [{"tokens": [" w"], "activations": [4.0], "l0": 40.0}]}
+            ],
+        },
+    }
+
+
+def test_a_run_at_a_price_is_explained_and_drawn(tmp_path):
+    html, page = report_of(tmp_path, priced_contents())
+    assert not {"script", "img"} & set(page.tags)
+    for sentence in (
+        "goes through the 256 latents that respond most",
+        "AdaptiveK (priced) leaves 10.00% of the held-out variance unexplained",
+        "640 held-out rows out of 12 documents",
+        "-5.0% [-7.0%, -4.0%] at 64",
+        "2 latents, 2 candidates passed over, error 10.0%",
+        "Latent 5 would lower the error by 25.0% alone, by 0.10% beside the others. Latent 9 explains 75%",
+        "Shading runs from 10to 90 latents",
+        "punctuation60066.6",
+        "mean L0 40",
+        "at a price",
+    ):
+        assert sentence in page.words, sentence
+    assert "Latent 6" not in page.words
+    assert re.findall(r'style="--a:([\d.]+)" title="(\d+)">([^<]*)<', html)[:3] == [
+        ("0.00", "10", "low"),
+        ("0.50", "50", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+        ("1.00", "90", "high"),
+    ]
+    assert page.text.count(HOSTILE[1]) == 1
+    assert "#0a0b0" not in html
+    assert all(target in page.ids for target in re.findall(r"url\(#([^)]*)\)", html))
+    assert 'class="absent"' not in html
+    first = (tmp_path / "report.html").read_bytes()
+    assert write_report(tmp_path).read_bytes() == first
+
+
+def test_a_run_on_activations_has_no_text_and_says_so(tmp_path):
+    contents = priced_contents()
+    contents["config"]["activations"] = "/somewhere/layers.3.mlp_out"
+    for name in ("spending", "top_contexts"):
+        del contents["eval"][name]
+    contents["eval"]["walks"] = [
+        {name: value for name, value in walk.items() if name not in ("before", "token", "after")}
+        for walk in contents["eval"]["walks"]
+    ]
+    contents["eval"]["sample"]["unit"] = "rows"
+    _, page = report_of(tmp_path, contents)
+    for sentence in (
+        "AdaptiveK (priced) SAE on activations of layers.3.mlp_out",
+        "no text is known of them: tokens and contexts are not shown",
+        "No text is known of these activations, and so no context of a latent.",
+        "held-out row 3",
+        "640 held-out rows; lower is better",
+    ):
+        assert sentence in page.words, sentence
+    assert "smollm2" not in page.words
 
 
 def test_null_and_nan_values_are_left_out(tmp_path):

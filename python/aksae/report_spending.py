@@ -197,8 +197,8 @@ def _walk_chart(number: int, errors: list[float], passed: list[dict], others: di
         below.spines["bottom"].set_color(FAINT)
         below.xaxis.get_major_locator().set_params(integer=True)
         caption = (
-            "Squared error as a share of the token's variance, after each latent. Dots and bars: so many candidates were "
-            "passed over there."
+            "Squared error as a share of the token's variance, after each latent. Dots and bars: so many candidates "
+            "were passed over there."
         )
         return Chart("", caption, done(f"walk-{number}", "Error after each latent, and candidates passed over"))
 
