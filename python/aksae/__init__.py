@@ -1,4 +1,4 @@
-"""AdaptiveK sparse autoencoders on language models: labels, probe, three-phase training, evaluation and reports.
+"""AdaptiveK sparse autoencoders on language models: activations, training, evaluation and reports.
 
 `fit(SAE(SAEConfig(...)), batches, FitConfig(...))` trains an SAE on activations; `train(TrainConfig(...))` does a whole
 run of AdaptiveK, from text to report.

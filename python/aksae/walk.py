@@ -75,34 +75,29 @@ def walk(
     # [passed, kept]: the part of each kept latent in lowering the gain of each that was passed over.
     parts = 2 * pieces[~is_kept] @ pieces[is_kept].T
     gains = alone[~is_kept] - parts.sum(-1)
-    after = is_kept.cumsum(0)[~is_kept]
     latents = indices[is_kept]
-    errors = prefix_errors(_row(kept), W_dec, b_dec if b_dec is not None else torch.zeros_like(x), x[None])[0]
-    return Walk(
-        price=float(price),
-        latents=latents.tolist(),
-        values=values[is_kept].tolist(),
-        errors=errors[: n_kept + 1].tolist(),
-        passed=[
-            Passed(
-                latent=int(indices[~is_kept][c]),
-                value=float(values[~is_kept][c]),
-                after=int(after[c]),
-                alone=float(alone[~is_kept][c]),
-                gain=float(gains[c]),
-                **_explained(parts[c], latents, pays_alone=bool(alone[~is_kept][c] > price)),
-            )
-            for c in range(len(gains))
-        ],
+    over = zip(
+        indices[~is_kept].tolist(),
+        values[~is_kept].tolist(),
+        is_kept.cumsum(0)[~is_kept].tolist(),
+        alone[~is_kept].tolist(),
+        gains.tolist(),
+        (_explained(part, latents) for part in parts),
     )
+    passed = [
+        Passed(latent, value, after, by_itself, gain, *(explained if by_itself > price else (None, 0.0)))
+        for latent, value, after, by_itself, gain, explained in over
+    ]
+    errors = prefix_errors(_row(kept), W_dec, b_dec if b_dec is not None else torch.zeros_like(x), x[None])[0]
+    return Walk(float(price), latents.tolist(), values[is_kept].tolist(), errors[: n_kept + 1].tolist(), passed)
 
 
-def _explained(parts: Tensor, latents: Tensor, *, pays_alone: bool) -> dict[str, int | float | None]:
-    """Of the parts `[kept]` that kept latents have in lowering a gain: the largest, if it explains anything."""
-    if not pays_alone or not len(parts) or not parts.max() > 0:
-        return {"explained_by": None, "share": 0.0}
+def _explained(parts: Tensor, latents: Tensor) -> tuple[int | None, float]:
+    """Of the parts `[kept]` that kept latents have in lowering a gain: whose is largest, and its share, if any is."""
+    if not len(parts) or not parts.max() > 0:
+        return None, 0.0
     largest = int(parts.argmax())
-    return {"explained_by": int(latents[largest]), "share": float(parts[largest] / parts.clamp_min(0).sum())}
+    return int(latents[largest]), float(parts[largest] / parts.clamp_min(0).sum())
 
 
 def _row(codes: SparseCodes) -> SparseCodes:
