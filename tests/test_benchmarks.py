@@ -19,7 +19,7 @@ from test_dispatch import run_python
 
 import aksae_kernels as ak
 from aksae_kernels.optim import SAEAdam
-from benchmarks import child, fit, fvu, isa, memory, ops, peers, phases, run, steps, timing, train_step
+from benchmarks import child, fit, fvu, intervene, isa, memory, ops, peers, phases, run, steps, timing, train_step
 from benchmarks.case import OURS, Case, Contest, Rival
 from benchmarks.problem import KS, Problem, Shape
 from benchmarks.report import NotMeasured, Row, Target
@@ -525,3 +525,18 @@ def test_what_selections_learn_is_judged_on_rows_that_were_held_out(capsys, tmp_
     assert ours["name"] in capsys.readouterr().out
     assert ours["l0"] == 4
     assert 0 < ours["fvu"] < 0.9
+
+
+def test_edits_stand_beside_the_model_alone_and_dense_latents(capsys, tmp_path, monkeypatch):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 100}
+    model, path = intervene.random_llama(4, **sizes), tmp_path / "intervene.json"
+    tiny = ["--d-sae", "128", "--k", "8", "--tokens", "3", "--rounds", "1", "--json", str(path)]
+    assert intervene.main(tiny, model) == 0
+    kept = json.loads(path.read_text())
+    assert [row["rival"] for row in kept["rows"]] == [intervene.PLAIN, intervene.ENCODE, intervene.DENSE]
+    assert all(row["ours"]["p50"] > 0 for row in kept["rows"])
+    assert capsys.readouterr().out.count("a token with 3 edits / ") == 3
+    # What would be timed is checked first.
+    monkeypatch.setattr(intervene.Dense, "__call__", lambda self, x: x + 1)
+    assert intervene.main(tiny, model) == 1
+    assert not json.loads(path.read_text())["rows"]
