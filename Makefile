@@ -44,9 +44,9 @@ test-paths: $(INSTALLED)
 		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" $(NUMERICAL) tests/test_price.py
 	MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=3 $(BIN)/python -m pytest -m "not slow" $(NUMERICAL)
 
-# With the other codebases installed.
+# With the other codebases installed. A process for a file, since some of them patch torch for the whole of theirs.
 test-compat: $(COMPAT_INSTALLED)
-	$(COMPAT_BIN)/python -m pytest tests/compat
+	OMP_NUM_THREADS=1 $(COMPAT_BIN)/python -m pytest -n auto --dist loadfile tests/compat
 
 # The oldest versions that pyproject.toml promises, and every other Python that is to be had.
 test-oldest: $(INSTALLED)
