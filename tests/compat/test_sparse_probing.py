@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from aksae.sparse_probing import auc, logistic_regression
+from aksae.study.sparse_probing import auc, logistic_regression
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
