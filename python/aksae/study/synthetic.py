@@ -117,12 +117,16 @@ def measure_synthetic(
     """Train an SAE for each selection on the same batches, and measure them all at the same mean L0 on other rows.
 
     Before it is measured an SAE's threshold, price or bias is set such that the held-out rows have its selection's mean
-    L0, to half a percent (`aksae.calibrate`). Then its weights are measured once more with latents at a price
-    (`aksae.adapt`), but for those that were trained so. SAEs of one learning rate share a pass over the batches.
+    L0 (`aksae.calibrate`). Then its weights are measured once more with latents at a price (`aksae.adapt`), but for
+    those that were trained so. SAEs of one learning rate share a pass over the batches.
+
+    Compare at a mean L0 of no more than the true one. Rows of few features have few latents that pay, and few positive
+    pre-activations, in a good SAE: beyond that some have no price, and no k, that gives them so many. `l0` says what
+    each had.
 
     Args:
         world: where activations come from.
-        selections: by name; each aims at a mean L0, which should be that of the truth.
+        selections: by name; each aims at a mean L0.
         lrs: the learning rate of each, by name: see `search_lrs`.
         setup: what they have in common.
         seed: of initial weights and rows; a name's SAE is the same whatever others are trained beside it.
