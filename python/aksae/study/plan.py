@@ -66,7 +66,7 @@ class StudyConfig:
     synthetic: bool = False
     """Also compare the selections where the features are known, on SynthSAEBench's activations at a reduced size; needs
     sae-lens."""
-    synthetic_steps: int = 2000
+    synthetic_steps: int = 3000
     """Optimiser steps of every SAE there."""
     device: str = "auto"
 
