@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -13,8 +14,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from aksae import SAE, BatchTopK, JumpReLU, Matryoshka, Need, Priced, SAEConfig, TopK, open_activations
+from aksae import (
+    SAE,
+    BatchTopK,
+    JumpReLU,
+    Matryoshka,
+    ModelConfig,
+    Need,
+    Priced,
+    SAEConfig,
+    TextConfig,
+    TopK,
+    TrainConfig,
+    open_activations,
+)
 from aksae.callbacks import JsonLines
+from aksae.unlabelled import _read
 from command_line import call, fails
 from language_models import WIDTH, write_documents
 
@@ -145,6 +160,28 @@ def test_by_default_latents_have_a_price_and_topk_of_equal_l0_stands_beside_it(s
     assert "AdaptiveK (priced) and TopK on held-out documents" in report
     assert "Most latents" in report
     assert report.count('id="walk-') > 6
+
+
+def test_rows_know_their_tokens_and_documents_in_whatever_order_they_come(saved, tmp_path):
+    """Documents of many lengths, which a stream reads the longest first."""
+    words = [f"w{i % 49 + 1}" for i in range(2000)]
+    lengths = [18 + 37 * i % 90 for i in range(20)]
+    (tmp_path / "text.txt").write_text("\n\f\n".join(" ".join(words[i * 61 :][:n]) for i, n in enumerate(lengths)))
+    text = TextConfig(str(tmp_path / "text.txt"), context_length=24, heldout_fraction=0.4, max_tokens=1000)
+    model = ModelConfig(str(saved("llama")), layer=1, device="cpu", batch_size=3)
+    config = TrainConfig(model=model, text=text, cache=tmp_path / "cache", batch_size=16)
+    stored, streamed = (_read(dataclasses.replace(config, stream=stream)).heldout for stream in (False, True))
+    assert len(stored) == len(streamed) == len(stored.text.tokens)
+    assert not torch.equal(stored.text.contexts, streamed.text.contexts)
+    x, same = stored.first_rows(len(stored)), streamed.first_rows(len(streamed))
+    for context in stored.text.contexts.unique().tolist():
+        rows, there = stored.text.rows_of(context), streamed.text.rows_of(context)
+        torch.testing.assert_close(same[there], x[rows], rtol=1e-4, atol=1e-5)
+        assert torch.equal(streamed.text.tokens[there], stored.text.tokens[rows])
+        assert torch.equal(streamed.unit_of_row[there], stored.unit_of_row[rows])
+    assert 1 < len(stored.unit_of_row.unique()) < len(stored.text.contexts.unique())
+    assert len(stored.first_rows(5)) == 5
+    assert stored.units(len(stored)).unique().tolist() == list(range(len(stored.unit_of_row.unique())))
 
 
 def test_a_run_without_a_baseline(settings, tmp_path, capsys):

@@ -11,7 +11,9 @@ from .report_values import VISIBLE, as_dict, as_list, count, is_number, shown
 from .selections import Need, Priced
 
 _PASSED_SHOWN = 3
-_NO_COMPARISON = "Not drawn: eval.json holds no “pareto” of a TopK baseline."
+_NO_COMPARISON = (
+    "Not drawn: eval.json holds no “pareto” of a TopK baseline with intervals, which take two held-out units."
+)
 
 
 def spending_facts(config: dict) -> Iterator[tuple[str, str]]:
@@ -101,7 +103,9 @@ def _pareto(evaluation: dict, names: list[str]) -> Chart:
         for name, points in curves.items():
             l0, fvu = [p["l0"] for p in points], [p["fvu"] for p in points]
             ax.plot(l0, fvu, **look(name), markersize=4)
-            between = [(p["l0"], p["low"], p["high"]) for p in points if is_number(p.get("low"))]
+            between = [
+                (p["l0"], p["low"], p["high"]) for p in points if is_number(p.get("low")) and is_number(p.get("high"))
+            ]
             if between:
                 ax.fill_between(*zip(*between), color=look(name)["color"], alpha=0.2, linewidth=0)
         log_if_wide(ax, [p["l0"] for points in curves.values() for p in points], axis="x")
