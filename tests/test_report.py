@@ -370,6 +370,7 @@ def test_a_run_at_a_price_is_explained_and_drawn(tmp_path):
         "640 held-out rows out of 12 documents",
         "-5.0% [-7.0%, -4.0%] at 64",
         "2 latents, 2 candidates passed over, error 10.0%",
+        "the price of one is 1.00% of that",
         "Latent 5 would lower the error by 25.0% alone, by 0.10% beside the others. Latent 9 explains 75%",
         "Shading runs from 10to 90 latents",
         "punctuation60066.6",

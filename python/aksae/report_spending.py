@@ -178,17 +178,17 @@ def _walk(number: int, walk: dict) -> dict[str, Any]:
         "chart": Chart("", "Not drawn: eval.json holds no errors of this walk."),
     }
     if errors:
-        told["chart"] = _walk_chart(number, errors, passed, as_dict(walk.get("others")))
+        told["chart"] = _walk_chart(number, walk, errors, passed)
     return told
 
 
-def _walk_chart(number: int, errors: list[float], passed: list[dict], others: dict) -> Chart:
+def _walk_chart(number: int, walk: dict, errors: list[float], passed: list[dict]) -> Chart:
     after: dict[int, int] = {}
     for candidate in passed:
         if is_number(candidate.get("after")):
             after[candidate["after"]] = after.get(candidate["after"], 0) + 1
     with axes(3, 1) as ((ax, below), done):
-        lines = {"priced": errors, **{name: as_list(line) for name, line in others.items()}}
+        lines = {"priced": errors, **{name: as_list(line) for name, line in as_dict(walk.get("others")).items()}}
         for name, line in reversed(lines.items()):
             ax.plot(range(len(line)), line, **{**look(name), "marker": None})
         at = [place for place in sorted(after) if place < len(errors)]
@@ -201,8 +201,8 @@ def _walk_chart(number: int, errors: list[float], passed: list[dict], others: di
         below.spines["bottom"].set_color(FAINT)
         below.xaxis.get_major_locator().set_params(integer=True)
         caption = (
-            "Squared error as a share of the token's variance, after each latent. Dots and bars: so many candidates "
-            "were passed over there."
+            "Squared error as a share of the token's variance, after each latent; the price of one is "
+            f"{shown(walk.get('price'), '.2%')} of that. Dots and bars: so many candidates were passed over there."
         )
         return Chart("", caption, done(f"walk-{number}", "Error after each latent, and candidates passed over"))
 
