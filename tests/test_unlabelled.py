@@ -276,7 +276,7 @@ WRONG = {
     "no k": ({"selection": "jumprelu", "k": 0}, "k: got 0, needs a number from 1 to d_sae = 32"),
     "labels": (
         {"labels.scorer": "surprisal"},
-        r"labels: got LabelConfig\(.* with the selection topk, which does not read it, needs the selection adaptivek",
+        "labels.scorer: got surprisal with the selection topk, which does not read it, needs the selection adaptivek",
     ),
     "the probe": ({"probe-reads": "mean"}, "probe_reads: got mean with the selection topk, which does not read it"),
     "rows": ({"train-on": "last"}, "train_on: got last, needs all with the selection topk"),

@@ -197,9 +197,8 @@ _LEGACY = ("k", *FLAT)
 """Fields of version 0.1, which `SAEConfig` and checkpoints still take in place of `selection`."""
 
 
-# What no other selection than adaptivek reads.
+# What no other selection than adaptivek reads, beside labels.
 _OF_THE_PAPER = (
-    "labels",
     *(entry.name for entry in dataclasses.fields(KMap)),
     "probe_reads",
     "phase3_start",
@@ -515,13 +514,19 @@ def _validate_others(config: TrainConfig) -> None:
     selection_for(config).check(config.d_sae)
     if config.train_on != "all":
         raise UserError(f"train_on: got {config.train_on}, needs all with the selection {config.selection}")
-    defaults = TrainConfig()
-    for name in _OF_THE_PAPER:
-        if (value := getattr(config, name)) != getattr(defaults, name):
+    defaults = _of_the_paper(TrainConfig())
+    for name, value in _of_the_paper(config).items():
+        if value != defaults[name]:
             raise UserError(
                 f"{name}: got {value} with the selection {config.selection}, which does not read it, needs the "
                 "selection adaptivek"
             )
+
+
+def _of_the_paper(config: TrainConfig) -> dict[str, Any]:
+    """The settings that only the selection adaptivek reads, by name."""
+    labels = {f"labels.{name}": value for name, value in dataclasses.asdict(config.labels).items()}
+    return labels | {name: getattr(config, name) for name in _OF_THE_PAPER}
 
 
 def has_baseline(config: TrainConfig) -> bool:
