@@ -11,7 +11,7 @@ import torch
 from aksae import SAE, AdaptiveK, BatchTopK, JumpReLU, KMap, Matryoshka, Need, Priced, SAEConfig, TopK, UserError
 from aksae.config import ModelConfig, TextConfig
 from aksae.study import StudyConfig, study
-from aksae.study.budget import TOLERANCE, Chooser, own, priced, settle
+from aksae.study.budget import TOLERANCE, Chooser, at_budget, own, priced
 from aksae.study.controls import NAMES, controls
 from aksae.study.figures import write_figures
 from aksae.study.measure import measured
@@ -97,7 +97,7 @@ def test_a_budget_that_cannot_be_had():
     with torch.no_grad():
         sae.b_enc.fill_(-100)
     chooser = Chooser(sae, rows(50, 2))
-    settle(chooser, BUDGET)
+    at_budget(chooser, BUDGET)
     assert chooser.mean_l0() == 0
 
 

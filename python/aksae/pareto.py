@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aksae_kernels import SparseCodes, price_select
+from aksae_kernels import SparseCodes, price_for, price_select
 
 from .bootstrap import Interval, bootstrap
 from .errors import UserError
-from .pricing import calibrate
+from .pricing import calibrate, settle
 from .sae import SAE
 from .selections import Priced, TopK
 
@@ -22,7 +23,9 @@ BUDGETS = (1 / 4, 1 / 2, 3 / 4, 1, 3 / 2)
 """Shares of the budget of training at which SAEs are compared."""
 
 _ROWS = 4096
-_TOLERANCE, _TRIES = 1e-3, 8
+_TOLERANCE = 1e-3
+_FIRST = 512
+"""Rows that give a price from which all rows go on."""
 
 
 def budgets_around(budget: int, *most: int) -> list[int]:
@@ -93,7 +96,8 @@ def codes_at(sae: SAE, x: Tensor, budget: int) -> list[SparseCodes]:
     """Codes of rows `x [N, D]` with `budget` latents in the mean, in parts of 4096 rows.
 
     TopK keeps so many of each row. A `Need` SAE has the bias, and a `Priced` one the price, at which these rows have
-    `budget` in the mean, the latter to a thousandth. `sae` is not changed. Raises UserError as `calibrate` does.
+    `budget` in the mean, the latter to a thousandth, or all that pay without one. `sae` is not changed. Raises
+    UserError as `calibrate` does.
     """
     selection, parts = sae.config.selection, x.split(_ROWS)
     if isinstance(selection, TopK):
@@ -105,36 +109,19 @@ def codes_at(sae: SAE, x: Tensor, budget: int) -> list[SparseCodes]:
     if not 0 < budget <= sae.width():
         raise UserError(f"budget: got {budget}, needs a number above 0 and at most {sae.width()}, a row's candidates")
     candidates = [(sae.encoder(part).topk(sae.width()), sae.wanted(part)) for part in parts]
+    passes, codes = selection.walks(training=False), []
+    few = SparseCodes(*(tensor[:_FIRST] for tensor in candidates[0][0])), candidates[0][1][:_FIRST]
+    start = price_for([few], sae.W_dec, sae.b_dec, budget, passes)
 
-    def at(price: Tensor) -> list[SparseCodes]:
-        passes = selection.walks(training=False)
-        return [
-            price_select(codes, sae.W_dec, sae.b_dec, wanted, price=price, passes=passes)
-            for codes, wanted in candidates
+    def mean_l0(shift: float) -> float:
+        price = start * math.exp(-shift)
+        codes[:] = [
+            price_select(part, sae.W_dec, sae.b_dec, wanted, price=price, passes=passes) for part, wanted in candidates
         ]
+        return sum(int(part.counts.sum()) for part in codes) / len(x)
 
-    # The logarithm of the mean L0 is nearly linear in that of the price: secants need a few walks where the bisection
-    # of `calibrate` needs 32.
-    price, slope = sae.price.double(), -1.0
-    before: tuple[float, float] | None = None
-    for _ in range(_TRIES):
-        codes = at(price.to(sae.price.dtype))
-        n_kept = sum(int(part.counts.sum()) for part in codes)
-        if abs(n_kept - budget * len(x)) <= max(1.0, _TOLERANCE * budget * len(x)):
-            return codes
-        if not n_kept or not 0 < price < torch.inf:
-            break
-        here = float(price.log()), float(np.log(n_kept / len(x)))
-        if before is not None and here[0] != before[0]:
-            slope = (here[1] - before[1]) / (here[0] - before[0])
-        if not slope < 0:
-            break
-        before = here
-        # A slope from two near prices may be anything: no step is of more than a factor of 10.
-        price = price * float(np.exp(np.clip((np.log(budget) - here[1]) / slope, -2.3, 2.3)))
-    calibrated = copy.deepcopy(sae)
-    calibrate(calibrated, x, budget)
-    return at(calibrated.price)
+    settle(mean_l0, budget, tolerance=_TOLERANCE)
+    return codes
 
 
 def _measured(sae: SAE, x: Tensor, budget: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from .selections import Priced
 
 CALIBRATED = 16_384
 """Rows by which a run sets a price: the mean of as many is good to some 0.3 %."""
+_TRIES = 25
+_LEAST = 1e-3
+"""A mean L0 below this is as good as none."""
 
 
 def calibrate(
@@ -56,6 +60,34 @@ def calibrate(
         for x, y in zip(rows.split(batch_size), targets, strict=True)
     )
     return float(selection.calibrate(sae, batches, selection.mean_k() if budget is None else budget))
+
+
+def settle(mean_l0: Callable[[float], float], budget: float, *, tolerance: float) -> float:
+    """The shift at which `mean_l0(shift)`, which does not fall with it, is `budget`; its last call has that shift.
+
+    For a rule with one number: a price or a threshold that is multiplied by `exp(-shift)`, starting as it stands. The
+    logarithm of the mean L0 is nearly linear in the shift, so that secants, between bounds as soon as there are some,
+    need a few calls where bisection from nothing needs 30. Where no shift gives the budget to a share of `tolerance`,
+    as when too few latents are positive, the last one tried: look at the L0 that is left.
+    """
+    shift, low, high = 0.0, -math.inf, math.inf
+    before: tuple[float, float] | None = None
+    for tries in range(_TRIES):
+        l0 = mean_l0(shift)
+        if abs(l0 / budget - 1) <= tolerance or tries == _TRIES - 1:
+            break
+        gap = math.log(max(l0, _LEAST) / budget)
+        low, high = (shift, high) if gap < 0 else (low, shift)
+        slope = 1.0 if before is None else (gap - before[1]) / (shift - before[0])
+        before = shift, gap
+        # Two near shifts may have any slope: no step is of more than a factor of e^2.
+        target = shift + max(-2.0, min(2.0, -gap / slope if slope > 0 else -gap))
+        if not low < target < high:
+            target = (low + high) / 2 if math.isfinite(low + high) else shift - math.copysign(2.0, gap)
+        if target == shift:
+            break
+        shift = target
+    return shift
 
 
 def adapt(

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from aksae_kernels import SparseCodes, price_select
 
-from ..pricing import adapt
+from ..pricing import adapt, settle
 from ..sae import SAE
 from ..selections import AdaptiveK, Priced, TopK
 from .rows import Rows
 
 TOLERANCE = 0.004
 """How far, as a share of the budget, mean L0 may be off it."""
-_TRIES = 25
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _FIRST = 512
 """Rows that give a price from which all rows go on."""
@@ -94,40 +93,33 @@ class Chooser:
         return sum(float(codes.counts.sum()) for _, codes in self.codes()) / len(self.rows)
 
 
-def settle(chooser: Chooser, budget: float, tolerance: float = TOLERANCE) -> float:
+def at_budget(chooser: Chooser, budget: float) -> float:
     """Move the rule of `chooser` until mean L0 is `budget`, and return the L0 that it had before.
 
-    The secant of `log L0` against the shift, between bounds that it may not leave once they are known. Where no shift
-    gives the budget, since too few latents of the rows are positive, L0 stays below it: look at what it is.
+    Where no shift gives the budget, since too few latents of the rows are positive, L0 stays below it.
     """
-    before = l0 = chooser.mean_l0()
-    low, high = -math.inf, math.inf
-    points: list[tuple[float, float]] = []
-    for _ in range(_TRIES if chooser.moves else 0):
-        if abs(l0 / budget - 1) <= tolerance:
-            return before
-        gap, shift = math.log(max(l0, 1e-3) / budget), chooser.shift
-        low, high = (max(low, shift), high) if gap < 0 else (low, min(high, shift))
-        points = [*points[-1:], (shift, gap)]
-        slope = 1.0
-        if len(points) == 2 and points[0][0] != points[1][0]:
-            slope = (points[1][1] - points[0][1]) / (points[1][0] - points[0][0])
-        step = -gap / slope if slope > 1e-3 else -gap
-        target = shift + max(-2.0, min(2.0, step))
-        if not low < target < high:
-            target = (low + high) / 2 if math.isfinite(low + high) else shift - math.copysign(1.0, gap)
-        chooser.move(target)
-        l0 = chooser.mean_l0()
-    return before
+    tried: list[float] = []
+
+    def mean_l0(shift: float) -> float:
+        chooser.move(start + shift)
+        tried.append(chooser.mean_l0())
+        return tried[-1]
+
+    start = chooser.shift
+    if chooser.moves:
+        settle(mean_l0, budget, tolerance=TOLERANCE)
+    else:
+        tried.append(chooser.mean_l0())
+    return tried[0]
 
 
 def own(sae: SAE, calibration: Rows, judged: Rows, budget: float) -> tuple[Chooser, float]:
     """An SAE by its own rule at a mean L0 of `budget` on the rows that judge; and the L0 that these had with the
     constant to which the others led."""
     chooser = Chooser(sae, calibration)
-    settle(chooser, budget)
+    at_budget(chooser, budget)
     judge = chooser.on(judged)
-    return judge, settle(judge, budget)
+    return judge, at_budget(judge, budget)
 
 
 def priced(sae: SAE, calibration: Rows, judged: Rows, budget: float) -> tuple[Chooser, float]:

@@ -14,7 +14,7 @@ from aksae_kernels import SparseCodes, price_select, sparse_decode, topk_encode
 from ..pricing import adapt
 from ..sae import SAE
 from ..selections.need import need_of, prefix_errors
-from .budget import Chooser, settle
+from .budget import Chooser, at_budget
 from .measure import variance
 from .rows import Rows
 
@@ -46,7 +46,7 @@ def controls(sae: SAE, rows: Rows, budget: int, seed: int) -> dict[str, dict[str
     d_sae = sae.config.d_sae
     adapted = adapt(sae, rows.x[:1024], budget)
     chooser = Chooser(adapted, rows)
-    settle(chooser, budget)
+    at_budget(chooser, budget)
     at_price = [codes for _, codes in chooser.codes()]
     assert chooser.candidates is not None
     candidates, chunks = chooser.candidates, [x for _, x in rows.chunks()]
