@@ -21,7 +21,7 @@ from .files import read_json
 from .finished import Finished, open_finished
 from .identity import require_same
 from .reading import Activations, open_activations
-from .report import marked_runs
+from .report.page import marked_runs
 from .sae import SAE
 from .selections import AdaptiveK
 from .sites import Site, replaced_sites

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .config import BASELINE
+from ..config import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

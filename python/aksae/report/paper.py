@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+from ..config import ADAPTIVE
+from ..k_policy import score_to_k
 from .charts import ACCENT, INK, Chart, axes, dots, histogram, log_if_wide, look, ring
-from .config import ADAPTIVE
-from .k_policy import score_to_k
-from .report_values import as_dict, as_list, count, is_number, shown
+from .values import as_dict, as_list, count, is_number, shown
 
 MAX_POINTS = 2_000
 PROBE_READS = {

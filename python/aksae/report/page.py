@@ -1,4 +1,4 @@
-"""The report of a finished run: one HTML file that needs nothing else, not even a network."""
+"""The page: what every run has, and the parts of those of one kind."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from ..checkpoints import LOG
+from ..config import ADAPTIVE, BASELINE, COMPARED, TITLES
+from ..errors import UserError
+from ..evaluate import check_evaluated
+from ..selections import SELECTIONS
 from .charts import FAINT, Chart, axes, log_if_wide, look
-from .checkpoints import LOG
-from .config import ADAPTIVE, BASELINE, COMPARED, TITLES
-from .errors import UserError
-from .evaluate import check_evaluated
-from .report_paper import paper_facts, probe_charts, probe_facts, sparsity_charts
-from .report_spending import budget_of, spending_charts, spending_facts, tokens_shown, walks_drawn
-from .report_values import VISIBLE, as_dict, as_list, count, is_number, shown
-from .selections import SELECTIONS
+from .paper import paper_facts, probe_charts, probe_facts, sparsity_charts
+from .spending import budget_of, spending_charts, spending_facts, tokens_shown, walks_drawn
+from .values import VISIBLE, as_dict, as_list, count, is_number, shown
 
 # Key in metrics.jsonl, title and caption of each chart over training steps.
 TRAINING = (
@@ -57,7 +57,7 @@ def write_report(run: Path) -> Path:
     check_evaluated(run, evaluation)
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent.parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

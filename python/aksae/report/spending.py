@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..config import BASELINE, TITLES
+from ..selections import Need, Priced
 from .charts import ACCENT, FAINT, INK, Chart, axes, histogram, log_if_wide, look
-from .config import BASELINE, TITLES
-from .report_values import VISIBLE, as_dict, as_list, count, is_number, shown
-from .selections import Need, Priced
+from .values import VISIBLE, as_dict, as_list, count, is_number, shown
 
 _PASSED_SHOWN = 3
 _NO_COMPARISON = (
