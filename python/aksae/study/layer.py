@@ -62,7 +62,15 @@ class Layer:
         if not missing:
             return
         config, (_, budget, seed, lr) = self.config, missing[0].group()
-        settings = FitConfig(steps, lr=lr, normalize="mean-norm", dead_after=config.dead_after, device=str(self.device))
+        settings = FitConfig(
+            steps,
+            lr=lr,
+            # A tenth of the steps: with fewer, high rates kill latents before there is anything to learn from.
+            warmup_steps=steps // 10,
+            normalize="mean-norm",
+            dead_after=config.dead_after,
+            device=str(self.device),
+        )
         saes, callbacks = [], []
         for trial in missing:
             selection = selection_at(trial.selection, budget, config.d_sae)

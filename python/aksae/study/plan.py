@@ -52,10 +52,10 @@ class StudyConfig:
     search_budget: int = 80
     steps: int | None = None
     """Optimiser steps of every SAE; None for as many as show each token once."""
-    batch_size: int = 1024
+    batch_size: int = 512
     dead_after: int = 50_000
     """A latent is dead once it has not fired for this many rows."""
-    calibration_share: float = 0.3
+    calibration_share: float = 0.4
     """Share of the held-out documents that choose learning rates and calibrate; the others are judged by."""
     ce_selections: tuple[SelectionName, ...] = ("priced", "topk", "batch-topk")
     """Selections whose damage to the model's cross-entropy is measured, and that of TopK's weights at a price."""
