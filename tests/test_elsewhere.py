@@ -145,9 +145,8 @@ def test_k_comes_from_the_context(copied, other_text, lm, tmp_path, reads, train
     assert metrics["kl"] > 1e-4
 
 
-def test_several_saes_and_a_price_set_anew(copied, finished, other_text, lm, tmp_path, capsys):
+def test_several_saes_and_a_price_set_anew(copied, other_text, lm, tmp_path, capsys):
     run = copied("priced")
-    shutil.copytree(finished("mean") / "topk", run / "topk")
     options = {"text.source": other_text, "model.layer": 0}
     # Where fewer latents pay: L0 is another than the budget.
     sae = SAE.from_pretrained(run / "priced")

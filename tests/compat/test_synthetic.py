@@ -9,7 +9,8 @@ import torch
 from aksae import SAE, BatchTopK, FitConfig, JumpReLU, Matryoshka, Need, Priced, SAEConfig, TopK, adapt, calibrate
 from aksae.hosts.sae_bench import SAEBenchAdapter
 from aksae.study.synthetic import MATCHED, Setup, World, matched, measure_synthetic, scores, search_lrs, synth_sae_bench
-from sae_lens import synthetic
+
+synthetic = pytest.importorskip("sae_lens.synthetic", reason="needs the host: pip install sae-lens==6.54.12")
 
 D, F, BUDGET = 64, 128, 2
 SELECTIONS = {
