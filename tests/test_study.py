@@ -228,6 +228,15 @@ def test_a_study(settings, finished):
         # Of random words only this differs.
         assert set(record["by_label"]) == {"repeated, 1", "repeated, 5"}
         assert 0.2 < record["auc"] <= 1
+    assert [(record["budget"], record["selection"]) for record in found["firings"]] == [(4, "topk"), (8, "topk")]
+    for record in found["firings"]:
+        assert 0 < record["dropped"] < 1
+        shares = [example["dropped_share"] for example in record["examples"]]
+        assert shares == sorted(shares)
+        # What is dropped is marked in the text; of a latent that loses nothing there is none.
+        assert all(
+            ("~w" in "".join(example["text"])) == (example["dropped_share"] > 0) for example in record["examples"]
+        )
     # Documents that calibrate are not judged by.
     rows_of = found["layers"]["1"]
     assert rows_of["documents"] == len(rows_of["variance"]) >= 10

@@ -34,7 +34,8 @@ def study(config: StudyConfig, announce: Callable[[str], None] = print) -> dict[
     3. Each SAE on the other held-out documents, by its own rule and at a price (`aksae.adapt`), at a mean L0 that is
        the budget to 0.4 %; beside it stands the L0 to which the documents that calibrate alone led. At the first layer
        the controls (`aksae.study.controls`) with the weights of the TopK and the priced SAEs, and of every SAE
-       sparse probing (`aksae.study.sparse_probing`).
+       sparse probing (`aksae.study.sparse_probing`); of TopK's latents, which firings a price drops
+       (`aksae.study.firings`).
     4. The model's cross-entropy with SAEs spliced in.
     5. With `synthetic`, the same selections where the features are known (`aksae.study.synthetic`).
 
@@ -88,6 +89,8 @@ def study(config: StudyConfig, announce: Callable[[str], None] = print) -> dict[
                 layer.judge(trial)
                 if layer is first:
                     layer.probe(trial, corpus.model.tokenizer)
+                    if trial.selection == "topk":
+                        layer.drops(trial, corpus.model.tokenizer)
         for number, layer in layers.items():
             layer.splice([trial for trial in of_seed if trial.layer == number], corpus.model)
     if config.synthetic:

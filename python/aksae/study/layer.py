@@ -22,6 +22,7 @@ from ..splice import cross_entropy
 from ..train import ProbeTuner, fit_probe
 from .budget import own, priced
 from .controls import controls
+from .firings import described_drops, dropped_examples, firing_changes
 from .measure import measured, variance
 from .plan import PROBE_READS, StudyConfig, Trial, selection_at
 from .rows import split_rows
@@ -32,6 +33,9 @@ OWN, PRICED = "own", "price"
 _RULES = {OWN: own, PRICED: priced}
 PROBED = (1, 5)
 """Numbers of latents that a probe reads."""
+FIRED, SHOWN = 20, 9
+"""Of latents that fired at least so often, how many are shown with what a price drops of them, from the one that keeps
+most of its firings to the one that keeps fewest."""
 CONTROLLED = ("topk", "priced")
 """Selections with whose weights the controls are measured."""
 
@@ -147,6 +151,42 @@ class Layer:
             return found
 
         self._kept("probing", trial, find)
+
+    def drops(self, trial: Trial, tokenizer: Any) -> None:
+        """Find which firings of a TopK SAE's latents a price drops (`firings`), in numbers and in text."""
+
+        def find() -> dict[str, Any]:
+            before = own(self._load(trial), self.calibration, self.judged, trial.budget)[0].all_codes()
+            after = priced(self._load(trial), self.calibration, self.judged, trial.budget)[0].all_codes()
+            changes = firing_changes(before, after, self.config.d_sae)
+            fired = changes.fired >= FIRED
+            shares = changes.dropped_share[fired]
+            latents = fired.nonzero()[:, 0][shares.argsort(stable=True)]
+            shown = latents[torch.linspace(0, len(latents) - 1, min(SHOWN, len(latents))).long()].tolist()
+            contexts = self.judged.contexts
+            tokens = torch.from_numpy(contexts.input_ids[contexts.loss_mask])
+            return {
+                **trial._asdict(),
+                "dropped": float(changes.dropped.sum() / changes.fired.sum()),
+                "gained": float(changes.gained.sum() / changes.fired.sum()),
+                "share_by_latent": shares.quantile(torch.linspace(0, 1, 11, dtype=shares.dtype)).tolist(),
+                "examples": [
+                    {
+                        "latent": latent,
+                        "fired": int(changes.fired[latent]),
+                        "dropped_share": float(changes.dropped_share[latent]),
+                        "text": [
+                            described_drops(example)
+                            for example in dropped_examples(
+                                before, after, latent, tokens, self.judged.context, 3, tokenizer
+                            )
+                        ],
+                    }
+                    for latent in shown
+                ],
+            }
+
+        self._kept("firings", trial, find)
 
     def splice(self, planned: Sequence[Trial], model: LanguageModel) -> None:
         """Measure what the SAEs of one seed cost the model, all of them in one pass over the text."""

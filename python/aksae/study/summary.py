@@ -27,15 +27,24 @@ def summary(config: StudyConfig, planned: Sequence[Trial], facts: dict[str, Any]
     means over seeds of the details, and by baseline the relative difference, `FVU / FVU of the baseline - 1`, with its
     interval. `damage`: the rise of the model's cross-entropy in nats per token, the share of it that is recovered, and
     the divergence, likewise. `controls`: FVU and L0 of each control, a mean over seeds. `probing`: area under the curve
-    by label and number of latents, and their mean, with the standard deviation of that over seeds. `synthetic`: what
-    `synthetic.scores` says, likewise.
+    by label and number of latents, and their mean, with the standard deviation of that over seeds. `firings`: of each
+    TopK SAE, what share of its latents' firings a price drops, with examples. `synthetic`: what `synthetic.scores`
+    says, means over seeds.
 
     Differences are between SAEs whose mean L0 is the budget to 0.5 %; where one has too few positive latents for that,
     there is none. Intervals resample seeds and documents (`bootstrap`), the same ones for both sides of a difference.
     """
     records = {trial: read_json(config.output / "records" / f"{trial}.json", needs=dict) for trial in planned}
     rng = np.random.default_rng(0)
-    found: dict[str, Any] = {**facts, "fvu": [], "damage": [], "controls": [], "probing": [], "synthetic": []}
+    found: dict[str, Any] = {
+        **facts,
+        "fvu": [],
+        "damage": [],
+        "controls": [],
+        "probing": [],
+        "firings": [],
+        "synthetic": [],
+    }
     for layer, budget in dict.fromkeys((trial.layer, trial.budget) for trial in planned):
         here = [trial for trial in planned if (trial.layer, trial.budget) == (layer, budget)]
         rules: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -60,6 +69,11 @@ def summary(config: StudyConfig, planned: Sequence[Trial], facts: dict[str, Any]
             found["fvu"].append({**place, "selection": selection, "rule": rule, **fvu, **details, "against": against})
         found["damage"] += [{**place, **record} for record in _damage(config, here, rng)]
         found["controls"] += [{**place, **record} for record in _controls(here, records)]
+        found["firings"] += [
+            read_json(path, needs=dict)
+            for trial in here
+            if (path := config.output / "firings" / f"{trial}.json").is_file()
+        ]
         found["probing"] += [{**place, **record} for record in _probing(config, here)]
     found["synthetic"] = _synthetic(config)
     return found
