@@ -11,7 +11,7 @@ from aksae import SAE, BatchTopK, FitConfig, JumpReLU, Priced, SAEConfig, TopK, 
 from aksae.callbacks import Records
 from aksae.errors import Notice
 
-from aksae_kernels import price_select
+from aksae_kernels import price_select, topk_select
 
 D, N_LATENTS = 24, 96
 
@@ -105,6 +105,21 @@ def test_the_price_follows_l0():
     sae.price.fill_(2.0)
     sae.config.selection.after_step(sae, codes, torch.full((16,), 6))
     assert sae.price == 2
+
+
+def test_a_price_of_rows_with_too_few_latents_comes_back():
+    sae = made(Priced(4))
+    selection, codes = sae.config.selection, sae.encoder(rows(16)).topk(6)
+    few = topk_select(codes.to_dense(sae.config.d_sae), k=2, k_max=6)
+    sae.price.fill_(2.0)
+    for _ in range(1000):
+        selection.after_step(sae, few, None)
+    lowest = 1e-6 * few.values.square().sum() / few.counts.sum()
+    torch.testing.assert_close(sae.price, lowest.detach())
+    # There are more again: within 30 steps of half a budget too many the price is what it was.
+    for _ in range(30):
+        selection.after_step(sae, codes, None)
+    assert sae.price > 2
 
 
 def test_rows_do_not_depend_on_their_batch(priced):

@@ -20,6 +20,8 @@ from .selection import Chosen, Encoder, Selection, at_least, check_budget
 if TYPE_CHECKING:
     from ..sae import SAE
 
+_LOWEST = 1e-6
+"""The lowest price of training, as a share of the mean square of the latents that are kept."""
 _REACHED = 0.98
 """A mean L0 of less than this share of a budget is said."""
 
@@ -33,9 +35,10 @@ class Priced(Selection):
     first is kept. No label and no probe is needed, and no row depends on its batch.
 
     In training the price follows the mean L0 of the batches, `price *= exp(rate * (L0 / budget - 1))`, after a first
-    part of the run with the `budget` largest of each row. At inference it is a constant, in the units of training: the
-    last one, until `aksae.calibrate` takes it from rows that were not trained on, whose error is larger, so that more
-    latents pay.
+    part of the run with the `budget` largest of each row; it does not fall below a millionth of the mean square of the
+    latents that are kept, where it changes nothing any more. At inference it is a constant, in the units of training:
+    the last one, until `aksae.calibrate` takes it from rows that were not trained on, whose error is larger, so that
+    more latents pay.
     """
 
     budget: int
@@ -108,8 +111,11 @@ class Priced(Selection):
     def after_step(self, sae: SAE, codes: SparseCodes, k: int | Tensor | None) -> None:
         if isinstance(k, Tensor):
             return
-        l0 = global_sum(codes.counts.sum()) / global_rows(codes.indices)
-        sae.price.mul_((self.rate * (l0 / (self.budget if k is None else k) - 1)).exp())
+        dtype = sae.price.dtype
+        n_kept, squares = global_sum(torch.stack([codes.counts.sum().to(dtype), codes.values.to(dtype).square().sum()]))
+        step = self.rate * (n_kept / global_rows(codes.indices) / (self.budget if k is None else k) - 1)
+        # Where rows have too few latents for the budget at any price, it would fall to 0, and never rise.
+        sae.price.mul_(step.exp()).clamp_(min=_LOWEST * squares / n_kept.clamp_min(1))
 
     @torch.no_grad()
     def calibrate(self, sae: SAE, rows: Iterable[tuple[Tensor, Tensor | None]], budget: float) -> Tensor:
