@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from aksae import SAE, BatchTopK, FitConfig, JumpReLU, Matryoshka, Need, Priced, SAEConfig, TopK, adapt, calibrate
 from aksae.hosts.sae_bench import SAEBenchAdapter
+from aksae.study import StudyConfig, compare_with_truth
+from aksae.study.summary import summary, synthetic_lines
 from aksae.study.synthetic import MATCHED, Setup, World, matched, measure_synthetic, scores, search_lrs, synth_sae_bench
 
 synthetic = pytest.importorskip("sae_lens.synthetic", reason="needs the host: pip install sae-lens==6.54.12")
@@ -135,3 +138,29 @@ def test_prices_of_the_true_dictionary_tell_how_many_features_a_row_has(world):
     x, active = world.rows(3000, seed=6)
     priced = scores(adapt(ideal(world, x), x, BUDGET), x, active, world)
     assert priced["count_correlation"] > 0.6
+
+
+def test_the_part_of_a_study(world, tmp_path):
+    config = StudyConfig(output=tmp_path, selections=("priced", "topk", "adaptivek"), seeds=(0,), lrs=(1e-3, 1e-2))
+    said = []
+    compare_with_truth(config, said.append, world, SETUP)
+    assert len(said) == 1
+    first = (tmp_path / "synthetic" / "seed-0.json").read_bytes()
+    # A seed more: what is there stays, and so do the rates.
+    more = dataclasses.replace(config, seeds=(0, 1))
+    compare_with_truth(more, said.append, world, SETUP)
+    assert (tmp_path / "synthetic" / "seed-0.json").read_bytes() == first
+    assert said[0] == said[1]
+    found = summary(more, [], {})["synthetic"]
+    assert [(r["selection"], r["rule"], r["seeds"]) for r in found] == [
+        ("priced", "own", 2),
+        ("topk", "own", 2),
+        ("topk", "price", 2),
+    ]
+    assert all(0 <= r["f1"] <= 1 and r["f1_std"] > 0 for r in found)
+    lines = synthetic_lines({"synthetic": found}, {"priced": "Priced", "topk": "TopK"})
+    assert [line[:2] for line in lines[1:]] == [
+        ["Priced", "its own rule"],
+        ["TopK", "its own rule"],
+        ["TopK", "a price"],
+    ]

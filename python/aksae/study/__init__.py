@@ -17,7 +17,7 @@ from ..sites import Site
 from .layer import Layer
 from .plan import StudyConfig, Trial, search_trials, selection_at, trials, validate_study
 from .summary import summary
-from .synthetic import Setup, measure_synthetic, search_lrs, synth_sae_bench
+from .synthetic import Setup, World, measure_synthetic, search_lrs, synth_sae_bench
 
 __all__ = ["StudyConfig", "study"]
 
@@ -94,33 +94,43 @@ def study(config: StudyConfig, announce: Callable[[str], None] = print) -> dict[
         for number, layer in layers.items():
             layer.splice([trial for trial in of_seed if trial.layer == number], corpus.model)
     if config.synthetic:
-        _compare_with_truth(config, announce)
+        compare_with_truth(config, announce)
     described = {str(number): layer.described() for number, layer in layers.items()}
     found = summary(config, planned, {"steps": steps, "rates": rates, "layers": described})
     write_json(config.output / "results.json", found)
     return found
 
 
-def _compare_with_truth(config: StudyConfig, announce: Callable[[str], None]) -> None:
+def compare_with_truth(
+    config: StudyConfig, announce: Callable[[str], None], world: World | None = None, setup: Setup | None = None
+) -> None:
     """Keep `synthetic/seed-N.json` for each seed: the records of `measure_synthetic`, with learning rates that are
     searched at a seed of their own.
 
     The budget is below the true mean number of features, since rows of rare ones, which an SAE has not learned, have
-    too few latents for more. The paper's AdaptiveK has no text to read there.
+    too few latents for more. The paper's AdaptiveK has no text to read there. `world` and `setup` stand in for
+    SynthSAEBench's at a size for a CPU. Raises UserError without sae-lens.
     """
     folder = config.output / "synthetic"
     missing = [seed for seed in config.seeds if not (folder / f"seed-{seed}.json").is_file()]
     if not missing:
         return
-    world = synth_sae_bench()
-    budget = max(1, round(0.7 * float(world.rows(16_384, seed=0)[1].sum(-1).double().mean())))
-    setup = Setup(FitConfig(steps=config.synthetic_steps, normalize="mean-norm", dead_after=config.dead_after))
+    world = synth_sae_bench() if world is None else world
+    if setup is None:
+        fitted = FitConfig(
+            config.synthetic_steps,
+            warmup_steps=config.synthetic_steps // 10,
+            normalize="mean-norm",
+            dead_after=config.dead_after,
+        )
+        setup = Setup(fitted)
+    budget = max(1, round(0.7 * float(world.rows(setup.heldout_rows, seed=0)[1].sum(-1).double().mean())))
     selections = {name: selection_at(name, budget, setup.d_sae) for name in config.selections if name != "adaptivek"}
     path = folder / "rates.json"
     if not path.is_file():
         write_json(path, search_lrs(world, selections, config.lrs, setup, seed=max(config.seeds) + 1)[0])
     rates = read_json(path, needs=dict)
-    announce(f"where the truth is known, L0 {budget}; learning rates: " + _listed(rates))
+    announce(f"where the truth is known, L0 {budget}; learning rates: {_listed(rates)}")
     for seed in missing:
         write_json(folder / f"seed-{seed}.json", list(measure_synthetic(world, selections, rates, setup, seed=seed)))
 
