@@ -48,7 +48,7 @@ def test_what_a_host_computes_is_kept_or_refused(stored):
     assert sae.input_norm == "none"
     priced = adapt(sae, X, 3, target=target)
     assert not priced.training
-    assert priced.config.selection == Priced(3, 12, 2)
+    assert priced.config.selection == Priced(3, sae.d_sae, 2)
     # With every positive latent kept it is the host's SAE without its rule.
     codes, everything = priced.encode(X, k=sae.d_sae), dataclasses.replace(sae, activation=ReLU())
     close(priced.decode(codes, X), everything(X))
@@ -97,7 +97,7 @@ def test_scales_stay_and_16_bits_too():
     assert torch.equal(theirs.encode(x / 4).indices, ours.encode(x).indices)
     half = adapt(made(torch.ones(64), TopK(6)).to(torch.bfloat16), x, 4.5)
     assert half.W_dec.dtype == torch.bfloat16
-    assert half.config.selection == Priced(4, 18, 2)
+    assert half.config.selection == Priced(4, 64, 2)
     assert abs(float(half.encode(x.bfloat16()).counts.float().mean()) / 4.5 - 1) < 0.02
 
 
@@ -196,7 +196,7 @@ def test_the_command_prints_a_table_and_writes_the_sae(source, folder, settings,
     # The same from Python, without any of the command's own code.
     calibrating, heldout = activations
     sae = SAE.from_pretrained(out)
-    assert sae.config.selection == Priced(4, 16, 2)
+    assert sae.config.selection == Priced(4, F_SAE, 2)
     ours = adapt(formats.load(folder), calibrating, 4)
     torch.testing.assert_close(sae.price, ours.price)
     variance = (heldout - heldout.mean(0)).square().sum()
@@ -236,7 +236,7 @@ def test_an_sae_that_was_adapted_is_replaced_and_no_run(source, folder, tmp_path
     (out / "mine").touch()
     fails(capsys, r"out: got .*, which holds files, needs .* \(or overwrite\)", "adapt", folder, **source, out=out)
     assert call("adapt", folder, "--overwrite", **source, out=out) == 0
-    assert SAE.from_pretrained(out).config.selection == Priced(6, 24, 2)
+    assert SAE.from_pretrained(out).config.selection == Priced(6, F_SAE, 2)
     assert (out / "mine").exists()
     (out / "sae.safetensors").unlink()
     message = "out: got .*, whose config.json is no SAE's, needs another folder"

@@ -73,7 +73,7 @@ def test_a_price_that_is_far_away_does_not_matter(x, price):
 
 def test_a_budget_that_no_row_can_have(x):
     with pytest.raises(UserError, match=r"budget: got 33, needs a number above 0 and at most 32, a row's candidates"):
-        codes_at(make(Priced(8), x), x, 33)
+        codes_at(make(Priced(8, k_max=32), x), x, 33)
 
 
 def test_curves_and_differences_are_those_of_the_rows(x, models):

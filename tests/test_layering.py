@@ -56,7 +56,7 @@ SIBLINGS = {
     "optim": {"codes", "ops"},
     "pricing": {"codes", "ops"},
     "backends": {"dispatch", "codes", "kept", "operands"},
-    "integrations": {"", "layers", "optim"},
+    "integrations": {"", "layers", "optim", "pricing"},
 }
 THIRD_PARTY = {"backends": {"triton"}}
 # Modules of integrations named after the package they import; they are imported only for an object of that package.

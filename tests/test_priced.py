@@ -12,6 +12,7 @@ from aksae.callbacks import Records
 from aksae.errors import Notice
 
 from aksae_kernels import price_select, topk_select
+from aksae_kernels.pricing import candidates_of
 
 D, N_LATENTS = 24, 96
 
@@ -263,11 +264,16 @@ def test_wrong_rows_and_budgets_are_named(topk):
         ("sae", lambda: calibrate(topk, rows(8))),
         ("rows", lambda: calibrate(sae, rows(0))),
         ("budget", lambda: calibrate(sae, rows(8), 0)),
-        ("budget", lambda: calibrate(sae, rows(8), 25)),
+        ("budget", lambda: calibrate(sae, rows(8), N_LATENTS + 1)),
         ("budget", lambda: adapt(topk, rows(8), 0)),
         ("k_max", lambda: adapt(topk, rows(8), 6, k_max=3)),
     ):
         with pytest.raises(UserError, match=f"^{name}: got "):
             call()
-    assert sae.width() == 24
-    assert made(Priced(60)).width() == N_LATENTS
+
+
+def test_candidates_of_a_row():
+    # Never fewer than 256 where there are as many, since a small budget leaves little to choose from.
+    assert [candidates_of(budget) for budget in (16, 64, 66.3, 80)] == [256, 256, 266, 320]
+    assert made(Priced(6)).width() == N_LATENTS
+    assert made(Priced(6, k_max=24)).width() == 24

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import price_for
+from ..pricing import candidates_of
 from .accelerated import Accelerated, AcceleratedModule, Pricing
 
 __all__ = ["accelerate", "deaccelerate", "priced"]
@@ -179,7 +180,8 @@ def priced(
         budget: instead of a price, the mean number of latents of a row that it is to give on `rows`.
         rows: `[N, ...]`, as `encode` takes them, on the SAE's device; not rows that it was trained on, whose error is
             smaller. A few thousand do: their candidates are in memory together.
-        k_max: candidates of a row; None, with a budget, for 4 budgets. All latents, if there are fewer.
+        k_max: candidates of a row; None, with a budget, for 4 budgets and at least 256. All latents, if there
+            are fewer.
         passes: walks over the candidates.
 
     Raises:
@@ -229,7 +231,7 @@ def _candidates_of_a_row(
     if budget is not None:
         if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 < budget < math.inf:
             raise ValueError(f"budget must be a number above 0, got {budget!r}")
-        k_max = math.ceil(4 * budget) if k_max is None else k_max
+        k_max = candidates_of(budget) if k_max is None else k_max
     elif isinstance(price, bool) or not isinstance(price, (Real, Tensor)) or math.isnan(price):
         raise ValueError(f"price must be a number, got {price!r}")
     elif k_max is None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from aksae_kernels.pricing import candidates_of
+
 from .errors import UserError
 from .formats.native import as_sae
 from .formats.stored import StoredSAE
@@ -109,7 +111,7 @@ def adapt(
         sae: any `SAE`, or what `aksae.formats.load` gave.
         rows, target: as in `calibrate`.
         budget: mean number of latents of a row; the `budget` of the selection is this, rounded.
-        k_max: candidates of a row; None for 4 budgets, or d_sae if that is less.
+        k_max: candidates of a row; None for 4 budgets and at least 256, or d_sae if that is less.
         passes: walks over the candidates.
 
     Returns:
@@ -122,7 +124,7 @@ def adapt(
     d_sae = sae.config.d_sae if isinstance(sae, SAE) else sae.d_sae
     if not 0 < budget <= d_sae:
         raise UserError(f"budget: got {budget}, needs a number above 0 and at most d_sae = {d_sae}")
-    k_max = min(math.ceil(4 * budget), d_sae) if k_max is None else k_max
+    k_max = min(candidates_of(budget), d_sae) if k_max is None else k_max
     selection = Priced(max(1, round(budget)), k_max, passes, passes)
     if isinstance(sae, SAE):
         config, weights = dataclasses.replace(sae.config, selection=selection), dict(sae.named_parameters())

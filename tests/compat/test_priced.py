@@ -341,7 +341,7 @@ def test_prices_are_replaced_and_taken_away(name):
 @torch.no_grad()
 def test_the_price_of_a_budget(name):
     sae, held_out = build(name), rows(300, seed=3)
-    assert priced(sae, budget=2.25, rows=held_out).pricing.k_max == 9
+    assert priced(sae, budget=2.25, rows=held_out).pricing.k_max == 256
     priced(sae, budget=2.25, rows=held_out, k_max=K_MAX)
     assert float((dense(sae.encode(held_out)) != 0).sum()) / 300 == pytest.approx(2.25, rel=0.02)
     price = sae.pricing.price

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aksae_kernels import SparseCodes, encode_at, price_for, price_select
+from aksae_kernels.pricing import candidates_of
 
 from ..distributed import global_rows, global_sum
 from ..errors import Notice, UserError
@@ -44,8 +45,8 @@ class Priced(Selection):
     budget: int
     """The mean number of latents of a row."""
     k_max: int | None = None
-    """Candidates of a row, the most latents that it can have; None for 4 budgets, or d_sae if that is less. An SAE that
-    was trained with so many needs as many at inference."""
+    """Candidates of a row, the most latents that it can have; None for 4 budgets and at least 256, or d_sae if that
+    is less. An SAE that was trained with so many needs as many at inference."""
     passes: int = 1
     """Walks over the candidates in training."""
     passes_at_inference: int = 2
@@ -74,7 +75,7 @@ class Priced(Selection):
         sae.register_buffer("price", torch.zeros(()))
 
     def width(self, d_sae: int) -> int:
-        return min(4 * self.budget, d_sae) if self.k_max is None else self.k_max
+        return min(candidates_of(self.budget), d_sae) if self.k_max is None else self.k_max
 
     def mean_k(self) -> float:
         return self.budget

@@ -40,8 +40,8 @@ _ROWS = 256
 def controls(sae: SAE, rows: Rows, budget: int, seed: int) -> dict[str, dict[str, float]]:
     """FVU and mean L0 on `rows` of each of `NAMES`, with the weights of `sae`, whatever its selection.
 
-    A row's candidates, where it chooses from some, are the `4 budget` largest. Encoder and decoder are as they are; the
-    pursuit and least squares have values of their own. `seed` shuffles.
+    A row's candidates, where it chooses from some, are those that `adapt` gives it. Encoder and decoder are as they
+    are; the pursuit and least squares have values of their own. `seed` shuffles.
     """
     d_sae = sae.config.d_sae
     adapted = adapt(sae, rows.x[:1024], budget)
