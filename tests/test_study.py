@@ -81,6 +81,23 @@ def test_every_selection_is_judged_at_the_budget(selection):
     assert record["fvu"] == pytest.approx(float(error.sum() / (judged.x - judged.x.mean(0)).square().sum()), rel=1e-4)
 
 
+@torch.no_grad()
+def test_a_row_far_away_is_told_apart():
+    near, topk = rows(400, 2), made(TopK(BUDGET))
+    x = near.x.clone()
+    x[13] *= 40
+    judged = dataclasses.replace(near, x=x)
+    assert near.near.all()
+    assert (~judged.near).nonzero().tolist() == [[13]]
+    record = measured(topk, Chooser(topk, judged).codes(), judged)
+    error = (x - topk(x)).square().sum(-1)
+    spread = (x - x.mean(0)).square().sum(-1)
+    others = torch.arange(400) != 13
+    assert record["fvu"] == pytest.approx(float(error.sum() / spread.sum()), rel=1e-4)
+    assert record["fvu_near"] == pytest.approx(float(error[others].sum() / spread[others].sum()), rel=1e-4)
+    assert sum(record["error_near"]) == pytest.approx(float(error[others].sum()), rel=1e-4)
+
+
 def test_weights_trained_otherwise_at_a_price():
     judged = rows(400, 2)
     topk = made(TopK(BUDGET))

@@ -52,12 +52,15 @@ class Layer:
 
     def described(self) -> dict[str, Any]:
         """What a summary needs to know of the rows."""
+        spread = variance(self.judged.x)
         return {
             "train_rows": len(self.train.store),
             "calibration_rows": len(self.calibration),
             "rows": len(self.judged),
             "documents": self.judged.n_documents,
-            "variance": self.judged.sums(variance(self.judged.x)),
+            "far_rows": int((~self.judged.near).sum()),
+            "variance": self.judged.sums(spread),
+            "variance_near": self.judged.sums(spread * self.judged.near),
         }
 
     def fit_missing(self, group: Sequence[Trial], steps: int) -> None:

@@ -24,7 +24,8 @@ def measured(sae: SAE, codes: Iterable[tuple[slice, SparseCodes]], rows: Rows) -
 
     `error`: the sum of `|x - x_hat|^2` over each document; `l0`, its deviation `l0_std`, and its 10th and 90th
     percentile over rows; `cosine`, the mean over rows; `dead` and `dense`, shares of the latents that fire on no row,
-    and on more than a tenth of them. An error's unit is that of the activations.
+    and on more than a tenth of them. An error's unit is that of the activations. `fvu_near` and `error_near` are of the
+    rows that are not far (`Rows.near`).
     """
     error, counts, cosine = torch.empty(len(rows)), torch.empty(len(rows)), torch.empty(len(rows))
     fired = torch.zeros(sae.config.d_sae + 1, dtype=torch.int64)
@@ -37,7 +38,7 @@ def measured(sae: SAE, codes: Iterable[tuple[slice, SparseCodes]], rows: Rows) -
         # Padding has index -1: one place further it falls on the first, which is dropped.
         fired += torch.bincount(chunk.indices.flatten().cpu() + 1, minlength=len(fired))
     low, high = counts.quantile(torch.tensor([0.1, 0.9])).tolist()
-    share = fired[1:] / len(rows)
+    share, spread = fired[1:] / len(rows), variance(rows.x).double()
     return {
         "l0": float(counts.double().mean()),
         "l0_std": float(counts.std(correction=0)),
@@ -46,8 +47,10 @@ def measured(sae: SAE, codes: Iterable[tuple[slice, SparseCodes]], rows: Rows) -
         "cosine": float(cosine.double().mean()),
         "dead": float((share == 0).double().mean()),
         "dense": float((share > DENSE).double().mean()),
-        "fvu": float(error.double().sum() / variance(rows.x).double().sum()),
+        "fvu": float(error.double().sum() / spread.sum()),
         "error": rows.sums(error),
+        "fvu_near": float(error.double()[rows.near].sum() / spread[rows.near].sum()),
+        "error_near": rows.sums(error * rows.near),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from .sparse_probing import token_labels
 
 CHUNK = 2048
 """Rows that are encoded at a time."""
+FAR = 3.0
+"""A row is far whose norm is more than this many times the median one."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,16 @@ class Rows:
     @property
     def n_documents(self) -> int:
         return int(self.document.max()) + 1
+
+    @functools.cached_property
+    def near(self) -> Tensor:
+        """`[N]` bool on the CPU, which rows are not far.
+
+        Where a model parks attention within a context, too, a token's activation is several times longer than the
+        others. A rule by thresholds keeps hundreds of latents of such a row, and one row can be a third of its error.
+        """
+        norms = torch.linalg.vector_norm(self.x, dim=-1).cpu()
+        return norms <= FAR * norms.median()
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(self.x), CHUNK):

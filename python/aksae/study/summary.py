@@ -25,11 +25,11 @@ def summary(config: StudyConfig, planned: Sequence[Trial], facts: dict[str, Any]
 
     `fvu`: of each layer, budget, selection it was trained by and rule it is judged by, FVU with its 95 % interval,
     means over seeds of the details, and by baseline the relative difference, `FVU / FVU of the baseline - 1`, with its
-    interval. `damage`: the rise of the model's cross-entropy in nats per token, the share of it that is recovered, and
-    the divergence, likewise. `controls`: FVU and L0 of each control, a mean over seeds. `probing`: area under the curve
-    by label and number of latents, and their mean, with the standard deviation of that over seeds. `firings`: of each
-    TopK SAE, what share of its latents' firings a price drops, with examples. `synthetic`: what `synthetic.scores`
-    says, means over seeds.
+    interval; `near`, the same of the rows that are not far (`Rows.near`). `damage`: the rise of the model's
+    cross-entropy in nats per token, the share of it that is recovered, and the divergence, likewise. `controls`: FVU
+    and L0 of each control, a mean over seeds. `probing`: area under the curve by label and number of latents, and their
+    mean, with the standard deviation of that over seeds. `firings`: of each TopK SAE, what share of its latents'
+    firings a price drops, with examples. `synthetic`: what `synthetic.scores` says, means over seeds.
 
     Differences are between SAEs whose mean L0 is the budget to 0.5 %; where one has too few positive latents for that,
     there is none. Intervals resample seeds and documents (`bootstrap`), the same ones for both sides of a difference.
@@ -52,21 +52,24 @@ def summary(config: StudyConfig, planned: Sequence[Trial], facts: dict[str, Any]
             for rule in (OWN, PRICED):
                 if rule in records[trial]:
                     rules.setdefault((trial.selection, rule), []).append(records[trial][rule])
-        variance = np.array(facts["layers"][str(layer)]["variance"])
-        errors = {key: np.array([record["error"] for record in of_seeds]) for key, of_seeds in rules.items()}
         place = {"layer": layer, "budget": budget}
-        for (selection, rule), error in errors.items():
-            over = np.broadcast_to(variance, error.shape)
-            details = {name: float(np.mean([record[name] for record in rules[selection, rule]])) for name in _DETAILS}
-            against = {
-                name: _interval(bootstrap(_relative, error, errors[name, OWN], rng=rng, axes=2))
-                for name in BASELINES
-                if (name, OWN) in errors
-                and (name, OWN) != (selection, rule)
-                and _equal(budget, rules[selection, rule], rules[name, OWN])
-            }
-            fvu = _interval(bootstrap(np.divide, error, over, rng=rng, axes=2))
-            found["fvu"].append({**place, "selection": selection, "rule": rule, **fvu, **details, "against": against})
+        of_layer = facts["layers"][str(layer)]
+        judged = {
+            error: _judged(rules, error, np.array(of_layer[variance]), budget, rng)
+            for error, variance in (("error", "variance"), ("error_near", "variance_near"))
+        }
+        for (selection, rule), of_seeds in rules.items():
+            details = {name: float(np.mean([record[name] for record in of_seeds])) for name in _DETAILS}
+            found["fvu"].append(
+                {
+                    **place,
+                    "selection": selection,
+                    "rule": rule,
+                    **judged["error"][selection, rule],
+                    **details,
+                    "near": judged["error_near"][selection, rule],
+                }
+            )
         found["damage"] += [{**place, **record} for record in _damage(config, here, rng)]
         found["controls"] += [{**place, **record} for record in _controls(here, records)]
         found["firings"] += [
@@ -77,6 +80,30 @@ def summary(config: StudyConfig, planned: Sequence[Trial], facts: dict[str, Any]
         found["probing"] += [{**place, **record} for record in _probing(config, here)]
     found["synthetic"] = _synthetic(config)
     return found
+
+
+def _judged(
+    rules: dict[tuple[str, str], list[dict[str, Any]]],
+    name: str,
+    variance: NDArray[np.float64],
+    budget: int,
+    rng: np.random.Generator,
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """FVU of each selection and rule with its interval, and against the baselines, of errors of that `name`."""
+    errors = {key: np.array([record[name] for record in of_seeds]) for key, of_seeds in rules.items()}
+    return {
+        key: {
+            **_interval(bootstrap(np.divide, error, np.broadcast_to(variance, error.shape), rng=rng, axes=2)),
+            "against": {
+                baseline: _interval(bootstrap(_relative, error, errors[baseline, OWN], rng=rng, axes=2))
+                for baseline in BASELINES
+                if (baseline, OWN) in errors
+                and (baseline, OWN) != key
+                and _equal(budget, rules[key], rules[baseline, OWN])
+            },
+        }
+        for key, error in errors.items()
+    }
 
 
 def _damage(config: StudyConfig, here: Sequence[Trial], rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -195,7 +222,12 @@ def _interval(interval: Interval) -> dict[str, float]:
 def lines(found: dict[str, Any], names: dict[str, str]) -> list[list[str]]:
     """The comparison as cells: a head, then a line for each layer, budget, selection and rule. `names` are those of the
     selections."""
-    head = ["block", "L0", "trained by", "judged by", "FVU", "95 %", "vs TopK", "vs BatchTopK", "CE damage", "KL"]
+    head = [
+        *("block", "L0", "trained by", "judged by", "FVU", "95 %", "vs TopK", "vs BatchTopK"),
+        "near rows",
+        "vs TopK",
+    ]
+    head += ["vs BatchTopK", "CE damage", "KL"]
     damage = {_key(record): record for record in found["damage"]}
     table = [head]
     for record in found["fvu"]:
@@ -209,6 +241,8 @@ def lines(found: dict[str, Any], names: dict[str, str]) -> list[list[str]]:
                 f"{record['value']:.4f}",
                 f"{record['low']:.4f} to {record['high']:.4f}",
                 *(_percent(record["against"].get(name)) for name in BASELINES),
+                f"{record['near']['value']:.4f}",
+                *(_percent(record["near"]["against"].get(name)) for name in BASELINES),
                 "" if spliced is None else f"{spliced['value']:.4f}",
                 "" if spliced is None else f"{spliced['kl']:.4f}",
             ]
