@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config import BASELINE
+from .values import as_dict, as_list, is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,8 +90,14 @@ def log_if_wide(ax: Axes, values: list[float], axis: str = "y") -> None:
     side.set_minor_formatter(NullFormatter())
 
 
-def histogram(title: str, rows: Mapping[float, float], *, quantity: str, name: str, of: str) -> Chart:
-    """How many rows have each value of a quantity: `rows` by value, not empty; `of` says what rows are."""
+def histogram(title: str, evaluation: dict, key: str, *, quantity: str, name: str, of: str) -> Chart:
+    """How many rows have each value of a quantity, by what the evaluation has under `key`: values, under the quantity's
+    name in lower case, and `rows`. `of` says what rows are."""
+    spread = as_dict(evaluation.get(key))
+    pairs = zip(as_list(spread.get(quantity.lower())), as_list(spread.get("rows")))
+    rows = {value: n for value, n in pairs if is_number(value) and is_number(n)}
+    if not sum(rows.values()):
+        return Chart(title, f"Not drawn: eval.json holds no “{key}”.")
     low, high, total = math.floor(min(rows)), math.ceil(max(rows)), sum(rows.values())
     width = max(1, math.ceil((high - low + 1) / 30))
     bars = math.ceil((high - low + 1) / width)

@@ -32,7 +32,13 @@ def paper_facts(config: dict, probe: dict) -> Iterator[tuple[str, str]]:
 
 def sparsity_charts(evaluation: dict, config: dict, models: Mapping[str, dict], names: list[str]) -> list[Chart]:
     """How much is reconstructed for how many latents, and how k is spread."""
-    return [_tradeoff(evaluation, models, names), _k_distribution(evaluation), _label_and_k(evaluation, config)]
+    return [
+        _tradeoff(evaluation, models, names),
+        histogram(
+            "Distribution of k", evaluation, "k_histogram", quantity="k", name="k-distribution", of="held-out tokens"
+        ),
+        _label_and_k(evaluation, config),
+    ]
 
 
 def probe_charts(probe: dict, evaluation: dict) -> list[Chart]:
@@ -65,16 +71,6 @@ def _tradeoff(evaluation: dict, models: Mapping[str, dict], names: list[str]) ->
             "better. The large open marker is the model as trained."
         )
         return Chart(title, caption, done("tradeoff", "Mean L0 against FVU on held-out tokens"))
-
-
-def _k_distribution(evaluation: dict) -> Chart:
-    title = "Distribution of k"
-    spread = as_dict(evaluation.get("k_histogram"))
-    pairs = zip(as_list(spread.get("k")), as_list(spread.get("rows")))
-    rows = {k: n for k, n in pairs if is_number(k) and is_number(n)}
-    if not sum(rows.values()):
-        return Chart(title, "Not drawn: eval.json holds no “k_histogram”.")
-    return histogram(title, rows, quantity="k", name="k-distribution", of="held-out tokens")
 
 
 def _label_and_k(evaluation: dict, config: dict) -> Chart:

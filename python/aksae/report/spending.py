@@ -34,7 +34,13 @@ def budget_of(config: dict) -> dict[str, str]:
 
 def spending_charts(evaluation: dict, names: list[str]) -> list[Chart]:
     """The error at several budgets, the difference, and how latents are spread over tokens."""
-    return [_pareto(evaluation, names), _difference(evaluation, names), _l0_histogram(evaluation)]
+    return [
+        _pareto(evaluation, names),
+        _difference(evaluation, names),
+        histogram(
+            "Latents of a token", evaluation, "l0_histogram", quantity="L0", name="l0-histogram", of="held-out rows"
+        ),
+    ]
 
 
 def walks_drawn(evaluation: dict) -> list[dict[str, Any]]:
@@ -141,16 +147,6 @@ def _difference(evaluation: dict, names: list[str]) -> Chart:
         told = ", ".join(f"{v:+.1%} [{a:+.1%}, {b:+.1%}] at {n:.0f}" for n, v, a, b in points)
         caption = f"{TITLES[names[0]]} against TopK on the same rows, with paired intervals of 95 %: {told}."
         return Chart(title, caption, done("difference", "Relative difference of FVU at equal mean L0, with intervals"))
-
-
-def _l0_histogram(evaluation: dict) -> Chart:
-    title = "Latents of a token"
-    spread = as_dict(evaluation.get("l0_histogram"))
-    pairs = zip(as_list(spread.get("l0")), as_list(spread.get("rows")))
-    rows = {l0: n for l0, n in pairs if is_number(l0) and is_number(n)}
-    if not sum(rows.values()):
-        return Chart(title, "Not drawn: eval.json holds no “l0_histogram”.")
-    return histogram(title, rows, quantity="L0", name="l0-histogram", of="held-out rows")
 
 
 def _in_context(entry: dict) -> dict[str, str]:
