@@ -109,9 +109,9 @@ def _at_most(candidates: SparseCodes, wanted: Tensor, sae: SAE, k: int, passes: 
 
 def _expected(need: Tensor, norms: Tensor, budget: int, most: int) -> Tensor:
     """k by a straight line through `need` over `norms`, `[N]` each, moved so that its mean is the budget."""
-    n, centred = norms.double(), norms.double() - norms.double().mean()
+    centred = norms.double() - norms.double().mean()
     slope = (centred * need).sum() / centred.square().sum().clamp_min(1e-12)
-    k, shift = (budget + slope * (n - n.mean())), 0.0
+    k, shift = budget + slope * centred, 0.0
     for _ in range(30):
         clamped = (k + shift).round().clamp(1, most)
         shift += float(budget - clamped.mean())

@@ -222,12 +222,8 @@ def _interval(interval: Interval) -> dict[str, float]:
 def lines(found: dict[str, Any], names: dict[str, str]) -> list[list[str]]:
     """The comparison as cells: a head, then a line for each layer, budget, selection and rule. `names` are those of the
     selections."""
-    head = [
-        *("block", "L0", "trained by", "judged by", "FVU", "95 %", "vs TopK", "vs BatchTopK"),
-        "near rows",
-        "vs TopK",
-    ]
-    head += ["vs BatchTopK", "CE damage", "KL"]
+    against = [f"vs {names.get(name, name)}" for name in BASELINES]
+    head = ["block", "L0", "trained by", "judged by", "FVU", "95 %", *against, "near rows", *against, "CE damage", "KL"]
     damage = {_key(record): record for record in found["damage"]}
     table = [head]
     for record in found["fvu"]:
