@@ -20,7 +20,7 @@ from ..selections import AdaptiveK
 from ..sites import Site
 from ..splice import cross_entropy
 from ..train import ProbeTuner, fit_probe
-from .budget import own, priced
+from .budget import Chooser, own, priced
 from .controls import controls
 from .firings import described_drops, dropped_examples, firing_changes
 from .measure import measured, variance
@@ -140,7 +140,7 @@ class Layer:
                 self._labels = [rows.token_labels(tokenizer) for rows in (self.calibration, self.judged)]
             found: dict[str, Any] = trial._asdict()
             for rule in self._rules(trial):
-                chooser, _ = _RULES[rule](self._load(trial), self.calibration, self.judged, trial.budget)
+                chooser = self._judged_by(trial, rule)
                 fitted, judged = chooser.on(self.calibration).all_codes(), chooser.all_codes()
                 found[rule] = {
                     f"{name}, {k}": k_sparse_probe(
@@ -159,8 +159,7 @@ class Layer:
         """Find which firings of a TopK SAE's latents a price drops (`firings`), in numbers and in text."""
 
         def find() -> dict[str, Any]:
-            before = own(self._load(trial), self.calibration, self.judged, trial.budget)[0].all_codes()
-            after = priced(self._load(trial), self.calibration, self.judged, trial.budget)[0].all_codes()
+            before, after = (self._judged_by(trial, rule).all_codes() for rule in (OWN, PRICED))
             changes = firing_changes(before, after, self.config.d_sae)
             fired = changes.fired >= FIRED
             shares = changes.dropped_share[fired]
@@ -228,6 +227,13 @@ class Layer:
 
     def _load(self, trial: Trial) -> SAE:
         return SAE.from_pretrained(self.config.folder(trial)).to(self.device)
+
+    def _judged_by(self, trial: Trial, rule: str) -> Chooser:
+        """The rule at the budget on the rows that judge, as `judge` left it."""
+        if trial.selection == "adaptivek":
+            # What moves the k of its rows is no part of the SAE.
+            return _RULES[rule](self._load(trial), self.calibration, self.judged, trial.budget)[0]
+        return Chooser(SAE.from_pretrained(self.config.folder(trial) / rule).to(self.device), self.judged)
 
     def _kept(self, kind: str, trial: Trial, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was found before, or is found now and kept."""
