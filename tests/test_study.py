@@ -307,6 +307,7 @@ def test_bad_settings(settings, tmp_path, capsys):
         ("seeds", (1, 1), "seeds: got .*none twice"),
         ("lrs", (0.0,), "lrs: got 0.0"),
         ("steps", 0, "steps: got 0"),
+        ("ce_selections", ("adaptivek",), "ce_selections: got adaptivek"),
         ("calibration_share", 1.0, "calibration_share"),
         ("other_budgets", (1000,), "1000, needs a number from 1 to d_sae"),
     ):

@@ -104,6 +104,10 @@ def validate_study(config: StudyConfig) -> None:
             raise UserError(f"{name}: got {getattr(config, name)}, needs a number from 1 up")
     if not 0 < config.calibration_share < 1:
         raise UserError(f"calibration_share: got {config.calibration_share}, needs a number between 0 and 1")
+    if "adaptivek" in config.ce_selections:
+        raise UserError(
+            "ce_selections: got adaptivek, whose k comes from whole contexts, needs selections that see rows alone"
+        )
     for lr in config.lrs:
         if not 0 < lr < float("inf"):
             raise UserError(f"lrs: got {lr}, needs numbers above 0")
