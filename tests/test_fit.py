@@ -899,6 +899,28 @@ def test_two_processes_go_on_with_the_same_bits(tmp_path, name):
     assert [record["step"] for record in log(tmp_path / "cut")] == [*range(0, 30, 3), 29]
 
 
+ENDED = """
+import atexit, os, sys, threading
+
+def print_threads():
+    names = [open(f"/proc/self/task/{number}/comm").read().strip() for number in os.listdir("/proc/self/task")]
+    print("threads at the end:", *sorted(name for name in names if "gloo" in name), flush=True)
+
+# What is registered first is called last.
+atexit.register(print_threads)
+import test_fit
+test_fit.trained_by("TopK", 2, int(os.environ["RANK"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads of C++ are seen under /proc alone")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """One that drops a tensor while the interpreter ends would abort the process: a run that failed after its end."""
+    lines = [line for line in launch(2, ENDED).splitlines() if line.startswith("threads at the end:")]
+    assert [line.strip() for line in lines] == ["threads at the end:"] * 2
+
+
 UNEVEN = """
 import os, sys
 import torch
