@@ -21,7 +21,11 @@ _COLOURS = {
 
 def write_figures(found: Mapping[str, Any], names: Mapping[str, str], folder: Path) -> list[Path]:
     """Draw `pareto.png` (FVU and damage against L0 at each layer, with intervals) and `controls.png` (what of a price's
-    gain comes from where), and return the paths."""
+    gain comes from where), and return the paths.
+
+    FVU is that of the rows that are not far (`Rows.near`): a single far row can be most of a selection's error, and the
+    curves of all rows say more of it than of the rest.
+    """
     import matplotlib
 
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
@@ -34,16 +38,19 @@ def write_figures(found: Mapping[str, Any], names: Mapping[str, str], folder: Pa
 
 def _pareto(found: Mapping[str, Any], names: Mapping[str, str], path: Path) -> Path:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     layers = list(dict.fromkeys(record["layer"] for record in found["fvu"]))
-    kinds = [("fvu", "FVU")] + ([("damage", "rise of cross-entropy, nats a token")] if found["damage"] else [])
+    kinds = [("fvu", "FVU, far rows left out")] + (
+        [("damage", "rise of cross-entropy, nats a token")] if found["damage"] else []
+    )
     figure = Figure(
         figsize=(4.4 * len(kinds) * len(layers) / max(1, len(layers) - 0.4), 3.6 * len(layers)), layout="constrained"
     )
     axes = figure.subplots(len(layers), len(kinds), squeeze=False)
     for row, layer in zip(axes, layers):
         for ax, (kind, label) in zip(row, kinds):
-            records = [record for record in found[kind] if record["layer"] == layer]
+            records = [{**record, **record.get("near", {})} for record in found[kind] if record["layer"] == layer]
             shown = dict.fromkeys((record["selection"], record["rule"]) for record in records)
             for selection, rule in shown:
                 # Of weights at a price only TopK's are drawn: the others lie close to them.
@@ -72,7 +79,10 @@ def _pareto(found: Mapping[str, Any], names: Mapping[str, str], path: Path) -> P
             ax.set_yscale("log" if min(record["value"] for record in records) > 0 else "linear")
             ticks = sorted({record["budget"] for record in records})
             ax.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
-            ax.minorticks_off()
+            ax.xaxis.minorticks_off()
+            if ax.get_yscale() == "log":
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.yaxis.minorticks_off()
             ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             ax.set_xlabel("mean L0")
             ax.set_title(f"block {layer}: {label}", fontsize=9, loc="left")

@@ -223,7 +223,9 @@ def lines(found: dict[str, Any], names: dict[str, str]) -> list[list[str]]:
     """The comparison as cells: a head, then a line for each layer, budget, selection and rule. `names` are those of the
     selections."""
     against = [f"vs {names.get(name, name)}" for name in BASELINES]
-    head = ["block", "L0", "trained by", "judged by", "FVU", "95 %", *against, "near rows", *against, "CE damage", "KL"]
+    errors = [title for error in ("FVU", "near rows", "CE damage") for title in (error, *against)]
+    errors.insert(1, "95 %")
+    head = ["block", "L0", "trained by", "judged by", *errors, "KL"]
     damage = {_key(record): record for record in found["damage"]}
     table = [head]
     for record in found["fvu"]:
@@ -236,11 +238,10 @@ def lines(found: dict[str, Any], names: dict[str, str]) -> list[list[str]]:
                 "its own rule" if record["rule"] == OWN else "a price",
                 f"{record['value']:.4f}",
                 f"{record['low']:.4f} to {record['high']:.4f}",
-                *(_percent(record["against"].get(name)) for name in BASELINES),
+                *_differences(record),
                 f"{record['near']['value']:.4f}",
-                *(_percent(record["near"]["against"].get(name)) for name in BASELINES),
-                "" if spliced is None else f"{spliced['value']:.4f}",
-                "" if spliced is None else f"{spliced['kl']:.4f}",
+                *_differences(record["near"]),
+                *(["", "", "", ""] if spliced is None else _damage_cells(spliced)),
             ]
         )
     return table
@@ -259,6 +260,14 @@ def synthetic_lines(found: dict[str, Any], names: dict[str, str]) -> list[list[s
 
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(record[name] for name in ("layer", "budget", "selection", "rule"))
+
+
+def _damage_cells(spliced: dict[str, Any]) -> list[str]:
+    return [f"{spliced['value']:.4f}", *_differences(spliced), f"{spliced['kl']:.4f}"]
+
+
+def _differences(record: dict[str, Any]) -> list[str]:
+    return [_percent(record["against"].get(name)) for name in BASELINES]
 
 
 def _percent(interval: dict[str, float] | None) -> str:
