@@ -40,9 +40,9 @@ def join_process_group(device: torch.device) -> None:
     if device.type == "cuda":
         # Objects travel through the current device.
         torch.cuda.set_device(device)
-    # Its functions have the group as a default argument: read later (torch.compile does), it would hold the group for
-    # ever, and with it gloo's threads, which abort a process that ends while they still drop a tensor.
-    from torch.distributed.nn import functional  # noqa: F401
+    # The functions of this module have the group as a default argument: read later (torch.compile does), it would hold
+    # the group for ever, and with it gloo's threads, which abort a process that ends while they still drop a tensor.
+    from torch.distributed.nn import functional  # noqa: F401 - that it is read before there is a group is all
 
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(_leave_process_group)
